@@ -1,0 +1,359 @@
+"""Command line: parses and calls, nothing else; `--help` and errors load neither torch nor transformers.
+
+Reads    arguments, and a TOML file of settings where --config names one
+Gives    main, settings_of; what prune.py and inference.py share with it: Parser, add_setting, complete, exit_code ...
+Source   -
+Symbols  -
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loraprune.errors import UserError, nearest
+from loraprune.records import RunReport
+from loraprune.settings import (
+    Settings,
+    allowed_text,
+    allowed_words,
+    flag,
+    kind_of,
+    read_settings,
+    section_of,
+    setting_names,
+    settings_from,
+    text_of,
+    value_text,
+    wrong_value,
+)
+
+GOAL_MET, BUG, USER_ERROR, GOAL_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = "exit codes: 0 the goal is met, 3 the run ended before it, 2 an error you can mend, 1 a bug"
+
+METAVARS: dict[type, str | None] = {str: None, int: "N", float: "X", tuple: "A,B,...", dict: "ROLE=COLUMN"}
+
+UNLEARNING_ONLY = (
+    *("forget", "retain", "holdout", "bystander", "reference"),
+    *("allow_overlap", "forget_batch_size", "unlearning_threshold", "unlearning_epsilon"),
+    *("minimum_forget_sensitivity", "max_sparsity", "forget_target", "band"),
+    *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "show_examples"),
+)
+EVALUATION = (
+    *("model", "reference", "dtype", "device", "trust_remote_code"),
+    *("forget", "retain", "holdout", "bystander", "columns", "template", "max_length", "evaluate_batch_size"),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, the settings it takes, those it cannot do without, and what it calls."""
+
+    text: str
+    settings: tuple[str, ...]
+    required: tuple[str, ...]
+    call: Callable[[Settings, Namespace], int]
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from those of Settings
+    takes_any_file: bool = False  # a settings file may hold settings that steer nothing here
+
+
+def _all_but(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in setting_names() if name not in names)
+
+
+def _run(settings: Settings, options: Namespace) -> int:
+    from loraprune.pipeline import run
+
+    return code_of(run(settings))
+
+
+def _evaluate(settings: Settings, options: Namespace) -> int:
+    from loraprune.evaluate import evaluate_files
+
+    results = evaluate_files(settings)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return GOAL_MET
+    from rich.console import Console
+
+    from loraprune.report import evaluation_table
+
+    Console().print(evaluation_table(results))
+    return GOAL_MET
+
+
+def _demo(settings: Settings, options: Namespace) -> int:
+    from loraprune.demo import run_demo
+
+    return code_of(run_demo(Path(settings.output), settings.seed, settings.show_examples))
+
+
+COMMANDS: dict[str, Command] = {
+    "unlearn": Command(
+        "Cut out what serves the forget set and not the retain set.",
+        _all_but("data"),
+        ("model", "forget", "retain", "output"),
+        _run,
+    ),
+    "prune": Command(
+        "Compress a model to a sparsity; no forget set. There is no floor unless one is set.",
+        _all_but(*UNLEARNING_ONLY),
+        ("model", "data", "sparsity", "output"),
+        _run,
+        {"min_retain_performance": 0.0},
+    ),
+    "evaluate": Command(
+        "Measure what a model knows of each set.",
+        EVALUATION,
+        ("model", "forget", "retain"),
+        _evaluate,
+        takes_any_file=True,
+    ),
+    "demo": Command(
+        "Train a tiny model, make it forget a part of what it learnt, and show the result; no download.",
+        ("output", "seed", "show_examples"),
+        (),
+        _demo,
+        {"output": "runs/demo", "show_examples": True},
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code; None takes the process's own arguments."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_code(partial(_call, given), debug="--debug" in given)
+
+
+def settings_of(arguments: list[str]) -> Settings:
+    """Return the checked settings that a command line asks for, without running it."""
+    return _settings(_parse(arguments))
+
+
+def exit_code(action: Callable[[], int], *, debug: bool) -> int:
+    """Return the action's exit code, or that of how it failed, having said so on stderr."""
+    try:
+        return action()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes the run.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return BUG
+
+
+def code_of(report: RunReport) -> int:
+    """Return the exit code of a run that came to its end."""
+    return GOAL_MET if report.goal_met else GOAL_MISSED
+
+
+def _call(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    return COMMANDS[options.command].call(_settings(options), options)
+
+
+def _parse(arguments: list[str]) -> Namespace:
+    word = next((one for one in arguments if not one.startswith("-")), None)
+    if word is not None and word not in COMMANDS:
+        raise _no_command(f"there is no command {word}.", nearest(word, COMMANDS))
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        raise _no_command("no command was given.", None)
+    return options
+
+
+def _no_command(what: str, close: str | None) -> UserError:
+    listed = ", ".join(COMMANDS)
+    fix = f"did you mean loraprune {close}?" if close else "loraprune --help says what each command does."
+    return UserError(what, f"the first word names the command: {listed}.", fix)
+
+
+def _settings(options: Namespace) -> Settings:
+    file = read_settings(Path(options.config)) if "config" in options else {}
+    settings_from(file)  # its errors, before a flag hides them
+    taken = COMMANDS[options.command].settings
+    flags = {name: value for name, value in given_values(options).items() if name in taken}
+    return complete(options.command, {**file, **flags})
+
+
+def complete(command: str, values: Mapping[str, Any], spell: Callable[[str], str] | None = None) -> Settings:
+    """Return a command's checked settings: its defaults, overridden by `values`.
+
+    Raises UserError for a setting that is missing, foreign to the command or out of range; `spell` gives the flag
+    by which a missing one is named.
+    """
+    settings = settings_from({**COMMANDS[command].defaults, **values})
+    _refuse_foreign(command, settings)
+    _refuse_missing(command, settings, spell or _spelt)
+    return settings
+
+
+def _refuse_foreign(command: str, settings: Settings) -> None:
+    if COMMANDS[command].takes_any_file:
+        return
+    for name in settings.changed(Settings()):
+        if name not in COMMANDS[command].settings:
+            raise _foreign(f"loraprune {command}", name, name)
+
+
+def _refuse_missing(command: str, settings: Settings, spell: Callable[[str], str]) -> None:
+    required = COMMANDS[command].required
+    missing = [spell(name) for name in required if getattr(settings, name) in (None, "")]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
+            f"this run needs {', '.join(map(spell, required))}.",
+            f"add {' '.join(missing)}; --help says what each takes.",
+        )
+
+
+def _foreign(program: str, name: str, written: str) -> UserError:
+    takers = [command for command, one in COMMANDS.items() if name in one.settings]
+    return UserError(
+        f"{program} takes no {written}.",
+        f"it is a setting of loraprune {', '.join(takers)}, and would be ignored here.",
+        f"leave {written} out, or run loraprune {takers[0]}.",
+    )
+
+
+def _spelt(name: str) -> str:
+    return "MODEL" if name == "model" else flag(name)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and raises UserError for whatever it cannot read."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore  # base: overloads
+        options, rest = super().parse_known_args(args, namespace)
+        if rest:
+            raise self._not_known(rest)
+        return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            f"{message.removeprefix('argument ')}.",
+            "the command line cannot be read as it stands.",
+            f"{self.prog} --help shows how each flag is written.",
+        )
+
+    def _not_known(self, rest: list[str]) -> UserError:
+        written = next((one.partition("=")[0] for one in rest if one.startswith("-")), None)
+        if written is None:
+            return UserError(f"no flag takes {rest[0]!r}.", f"{self.prog} does not expect it.", "name its flag.")
+        name = written.lstrip("-").replace("-", "_")
+        if name in setting_names():
+            return _foreign(self.prog, name, written)
+        known = {one.lstrip("-").replace("-", "_"): one for one in self._option_string_actions}
+        close = nearest(name, known)
+        return UserError(
+            f"there is no flag {written}.",
+            "a misspelt flag would be ignored, and the run would not be the one you asked for.",
+            f"did you mean {known[close]}?" if close else f"{self.prog} --help lists all flags.",
+        )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="loraprune", description="Make a language model forget.", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"loraprune {version('loraprune')}")
+    add_debug(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, command in COMMANDS.items():
+        _fill(commands.add_parser(name, help=command.text, usage=_usage(name), description=command.text), name)
+    return parser
+
+
+def _usage(name: str) -> str:
+    required = [f"{flag(one)} {one.upper()}" for one in COMMANDS[name].required if one != "model"]
+    model = ["MODEL"] if "model" in COMMANDS[name].required else []
+    return " ".join(["loraprune", name, *model, *required, "[settings]"])
+
+
+def _fill(parser: Parser, name: str) -> None:
+    command = COMMANDS[name]
+    if "model" in command.settings:
+        parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text_of("model"))
+    if name == "evaluate":
+        parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")
+    if name != "demo":
+        parser.add_argument(
+            "--config", metavar="FILE.toml", default=argparse.SUPPRESS, help="Settings; flags override."
+        )
+    add_debug(parser)
+    flagged = [one for one in command.settings if one != "model"]
+    for section, names in itertools.groupby(flagged, section_of):
+        group = parser.add_argument_group(section)
+        for one in names:
+            add_setting(group, one, flag(one), default=command.defaults.get(one))
+
+
+def add_debug(parser: Parser) -> None:
+    """Add --debug, which exit_code's caller looks for."""
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of errors.")
+
+
+def add_setting(parser: Any, name: str, written: str, *, text: str = "", default: Any = None) -> None:
+    """Add a setting's flag, written as given, to a parser or its group; `text` and `default` change its help only."""
+    kind = kind_of(name)
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(name, text or text_of(name), default)}
+    if kind is bool:
+        parser.add_argument(written, action=argparse.BooleanOptionalAction, **options)
+        return
+    action = "append" if kind in (tuple, dict) else "store"
+    words = allowed_words(name)
+    metavar = "{" + ",".join(words) + "}" if words else METAVARS[kind]
+    parser.add_argument(written, action=action, type=partial(_read, name), metavar=metavar, **options)
+
+
+def _help(name: str, text: str, default: Any) -> str:
+    default = getattr(Settings(), name) if default is None else default
+    allowed = f" It must be {allowed_text(name)}." if kind_of(name) in (int, float) else ""
+    return f"{text} Default: {value_text(default)}.{allowed}".replace("%", "%%")
+
+
+def _read(name: str, text: str) -> Any:
+    """Return what a flag's text means for a setting; lists may stand in square brackets."""
+    kind = kind_of(name)
+    if kind is tuple:
+        return tuple(part.strip() for part in text.strip("[] ").split(",") if part.strip())
+    if kind is dict:
+        return _read_pair(name, text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise wrong_value(name, text) from None
+
+
+def _read_pair(name: str, text: str) -> dict[str, str]:
+    role, _, column = text.partition("=")
+    if not role or not column:
+        raise wrong_value(name, text)
+    return {role: column}
+
+
+def given_values(options: Namespace) -> dict[str, Any]:
+    """Return what was given, by name; a list's flag that was repeated counts as one."""
+    return {name: _joined(value) for name, value in vars(options).items()}
+
+
+def _joined(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if isinstance(value[0], dict):
+        return {role: column for pair in value for role, column in pair.items()}
+    return tuple(itertools.chain.from_iterable(value))

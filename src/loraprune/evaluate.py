@@ -1,0 +1,93 @@
+"""Evaluate: what a model knows of a set, teacher-forced.
+
+Reads    a model and tokenised examples
+Gives    Measured: performance, loss, exact match and fact performance of a set; log p of every row
+Source   probability as in TOFU, arXiv 2401.06121: exp(-mean negative log-likelihood of the answer, end included)
+Symbols  P = mean over rows of exp(-mean over answer tokens of -log p)
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraprune.data import Example, batches_by_length, collate
+from loraprune.objectives import answer_log_probabilities, row_means, row_sums
+
+
+@dataclass(frozen=True)
+class AnswerValues:
+    """What the model gives each row's answer: all of shape (rows,)."""
+
+    log_probability: Tensor  # log p of the whole answer
+    tokens: Tensor  # length of the answer
+    exact: Tensor  # every answer token is the argmax
+    fact_log_probability: Tensor  # mean log p over the tokens of the marked facts; NaN without facts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One set's numbers; performance, exact match and fact performance in [0, 1], loss in nats."""
+
+    performance: float
+    loss: float
+    exact_match: float
+    fact_performance: float | None
+    rows: int
+
+    def as_values(self) -> dict[str, float | int | None]:
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def answer_values(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> AnswerValues:
+    """Return every row's values, in the order of `examples`; runs in eval mode and leaves the mode as it was."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    parts, order = [], []
+    for indices in batches_by_length(examples, batch_size):
+        batch = collate([examples[index] for index in indices], pad_token_id)
+        parts.append(_batch_values(model, {name: one.to(device) for name, one in batch.items()}))
+        order += indices
+        advance(len(indices))
+    model.train(training)
+    back = torch.tensor(order).argsort()
+    return AnswerValues(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
+
+
+def _batch_values(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    values, counted = answer_log_probabilities(logits, batch["labels"])
+    right = logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
+    facts = batch["facts"][:, 1:] & counted
+    exact = (right | ~counted).all(1)
+    return tuple(
+        one.double().cpu() for one in (row_sums(values, counted), counted.sum(1), exact, row_means(values, facts))
+    )
+
+
+def measure(model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> Measured:
+    """Return the set's numbers under the model as it is now, mask and adapters included."""
+    return measured(answer_values(model, examples, batch_size=batch_size, pad_token_id=pad_token_id))
+
+
+def measured(values: AnswerValues) -> Measured:
+    """Return the set's numbers from its rows' values."""
+    means = values.log_probability / values.tokens
+    marked = values.fact_log_probability[~values.fact_log_probability.isnan()]
+    return Measured(
+        performance=float(means.exp().mean()),
+        loss=float(-means.mean()),
+        exact_match=float(values.exact.mean()),
+        fact_performance=float(marked.exp().mean()) if len(marked) else None,
+        rows=len(means),
+    )

@@ -1,0 +1,36 @@
+"""Export: the pruned model as a checkpoint that stock transformers loads.
+
+Reads    a merged model, its groups and mask
+Gives    a folder: config, safetensors, generation config, tokenizer, model card
+Source   -
+Symbols  -
+"""
+
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraprune.folder import whole_folder
+from loraprune.records import Mask, ModelGroups
+from loraprune.surgery import cut_config, cut_weights
+
+
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, groups: ModelGroups, mask: Mask, path: Path
+) -> str:
+    """Write the cut model to `path`, whole or not at all; return the name of the stock class that loads it.
+
+    `model` carries no adapters any more. Weights that lose nothing are written bit for bit.
+    """
+    config = cut_config(model.config, groups, mask)
+    weights = cut_weights({name: one.detach() for name, one in model.state_dict().items()}, groups, mask)
+    with whole_folder(path) as folder:
+        save_torch_state_dict({name: one.contiguous() for name, one in weights.items()}, folder)
+        config.architectures = config.architectures or [groups.family]
+        config.dtype = model.dtype
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return config.architectures[0]

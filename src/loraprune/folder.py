@@ -1,0 +1,120 @@
+"""Folder: a run on disk; every file is written under a temporary name and renamed.
+
+Reads    a run's folder, if an earlier start left one
+Gives    RunFolder, write_text, write_bytes, write_json
+Source   -
+Symbols  -
+"""
+
+import json
+import shutil
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from loraprune.errors import UserError
+from loraprune.settings import Settings, as_values, flag, settings_from
+
+WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
+CHANGEABLE = ("output", "show_examples", "report_to")  # these alter nothing that a run decides
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file or nothing; NaN is an error, since JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes the name `path` when the block ends well, and vanishes otherwise."""
+    temporary = path.with_name(path.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.replace(path)
+
+
+class RunFolder:
+    """A run's folder: settings, events and finished stages."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self.settings = settings
+        self.started = time.monotonic()
+
+    def check(self) -> None:
+        """Raise UserError when the folder holds a run with other settings, or something that is no run."""
+        config = self.path / "config.toml"
+        if config.exists():
+            self._refuse_changed(settings_from(tomllib.loads(config.read_text(encoding="utf-8"))))
+        elif found := [name for name in WRITTEN if (self.path / name).exists()]:
+            raise UserError(
+                f"{self.path} holds {found[0]}, but no run that could go on.",
+                "files of something else would be overwritten.",
+                "choose another --output, or empty that folder.",
+            )
+
+    def open(self) -> None:
+        """Make the folder, or take up the run in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.toml", tomli_w.dumps(as_values(self.settings)))
+
+    def _refuse_changed(self, before: Settings) -> None:
+        names = [name for name in before.changed(self.settings) if name not in CHANGEABLE]
+        if not names:
+            return
+        changes = ", ".join(f"{name} was {getattr(before, name)}, now {getattr(self.settings, name)}" for name in names)
+        raise UserError(
+            f"{self.path} holds a run with other settings: {changes}.",
+            "going on would mix two runs, and the evidence would belong to neither.",
+            f"use the old value of {flag(names[0])}, or choose another --output.",
+        )
+
+    def read(self, name: str) -> Any:
+        """Return the content of a JSON file of the folder, None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return every event so far."""
+        path = self.path / "events.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def drop_events_after(self, step: int) -> None:
+        """Forget events of steps that a resumed run takes again."""
+        kept = [one for one in self.events() if one.get("step", 0) <= step]
+        write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **values}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def stored(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the content of a JSON file of the folder, making and writing it first when it is not there."""
+        if (value := self.read(name)) is None:
+            write_json(self.path / name, value := make())
+        return value

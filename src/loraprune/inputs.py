@@ -1,0 +1,111 @@
+"""Inputs: everything a run needs, loaded, checked and tokenised before it begins.
+
+Reads    Settings; the headers of the checkpoint, its tokenizer, the data files
+Gives    Inputs
+Source   -
+Symbols  -
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from loraprune.data import Example, Overlap, Row, encode, find_overlap, load_rows, refuse_overlap, split_retain
+from loraprune.errors import UserError
+from loraprune.groups import prunable_parameters
+from loraprune.model import checked_config, load_tokenizer
+from loraprune.settings import Settings, flag
+
+OPTIONAL_SETS = ("holdout", "bystander")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on; sets by name: forget, taught, floor, final, holdout, bystander, those that there are."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    rows: Mapping[str, Sequence[Row]]
+    examples: Mapping[str, Sequence[Example]]
+    overlap: Overlap | None
+
+
+def require(settings: Settings) -> None:
+    """Raise UserError when the settings do not name what the run needs."""
+    needed = (
+        ("model", "output", "forget", "retain") if settings.is_unlearning else ("model", "output", "data", "sparsity")
+    )
+    if settings.retain is not None and not settings.is_unlearning:
+        needed = ("model", "output", "forget", "retain")
+    for name in needed:
+        if not getattr(settings, name):
+            raise UserError(
+                f"{flag(name)} is missing.",
+                "a run needs " + ", ".join(flag(one) for one in needed) + ".",
+                f"give {flag(name)}.",
+            )
+
+
+def prepare(settings: Settings) -> Inputs:
+    """Return the checked and tokenised inputs of a run; raise UserError for the first thing that is wrong."""
+    config = checked_config(settings.model, settings)
+    _refuse_unreachable(settings, config)
+    tokenizer = load_tokenizer(settings.model, settings)
+    rows, overlap = _load_sets(settings)
+    examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
+    return Inputs(config, tokenizer, rows, examples, overlap)
+
+
+def encode_set(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings) -> list[Example]:
+    """Return a set's examples under the run's template and length."""
+    return encode(rows, tokenizer, name=name, template=settings.template, max_length=settings.max_length)
+
+
+def load_set(settings: Settings, name: str, source: str) -> list[Row]:
+    """Return a set's rows from its file."""
+    return load_rows(source, name=name, columns=settings.columns or None)
+
+
+def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | None]:
+    rows: dict[str, Sequence[Row]] = {}
+    overlap = None
+    kept_name = "retain" if settings.is_unlearning else "data"
+    kept = load_set(settings, kept_name, getattr(settings, kept_name))
+    if settings.forget is not None:
+        rows["forget"] = load_set(settings, "forget", settings.forget)
+        overlap = find_overlap(rows["forget"], kept)
+        refuse_overlap(overlap, allow_overlap=settings.allow_overlap)
+    rows |= _split(settings, kept)
+    for name in OPTIONAL_SETS:
+        if (source := getattr(settings, name)) is not None:
+            rows[name] = load_set(settings, name, source)
+    return rows, overlap
+
+
+def _split(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
+    """Split the retain set; a file of floor or final rows takes the place of that tenth, which is taught instead."""
+    if settings.floor_rows and settings.final_rows:
+        parts: dict[str, Sequence[Row]] = {"taught": kept}
+    else:
+        split = split_retain(kept, settings.seed)
+        parts = {"taught": split.taught, "floor": split.floor, "final": split.final}
+    for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
+        if source:
+            parts["taught"] = [*parts["taught"], *parts.get(name, ())]
+            parts[name] = load_set(settings, f"{name}-rows", source)
+    return parts
+
+
+def _refuse_unreachable(settings: Settings, config: Any) -> None:
+    """Refuse a sparsity that cannot be had even if every layer went down to its last groups."""
+    if settings.sparsity is None:
+        return
+    most = prunable_parameters(config, settings.min_groups_per_layer)
+    if settings.sparsity > most:
+        raise UserError(
+            f"sparsity {settings.sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable.",
+            f"embeddings stay whole and every layer keeps {settings.min_groups_per_layer} group(s) of each kind.",
+            f"lower --sparsity to at most {int(most * 1000) / 1000:g}.",
+        )

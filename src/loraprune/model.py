@@ -1,0 +1,174 @@
+"""Model: check a checkpoint before it is loaded, load it, attach LoRA.
+
+Reads    a folder or hub name
+Gives    config, tokenizer, model, model with adapters
+Source   -
+Symbols  -
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from loraprune.config import lora_config
+from loraprune.errors import UserError
+from loraprune.groups import check_shapes, family_of
+from loraprune.settings import Settings
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal inside this block: a stage has one bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def checked_config(name: str, settings: Settings) -> PretrainedConfig:
+    """Return a checkpoint's config after comparing it with the weights' headers; nothing is loaded in full."""
+    config = _config(name, settings)
+    family_of(config)
+    check_shapes(config, weight_shapes(name))
+    return config
+
+
+def _config(name: str, settings: Settings) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except ValueError as error:
+        raise UserError(
+            f"the architecture of {name} is not known: {_first_line(error)}",
+            "cutting a model whose structure is guessed gives a broken one.",
+            "use a Llama, Mistral, Qwen2 or Qwen3 model; a newer one may need a newer transformers.",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"there is no model {name}: {_first_line(error)}",
+            "a model is a folder with config.json and *.safetensors, or a name on the hub.",
+            "correct the path of the model.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of a checkpoint from its headers alone."""
+    if not Path(name).is_dir():
+        return _hub_shapes(name)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(Path(name)):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _hub_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    try:
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except (HfHubHTTPError, NotASafetensorsRepoError) as error:
+        raise _no_safetensors(name) from error
+    return {key: tuple(one.shape) for file in files for key, one in file.tensors.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files; raise UserError when there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise _no_safetensors(str(folder))
+    return files
+
+
+def _no_safetensors(name: str) -> UserError:
+    return UserError(
+        f"{name} holds no *.safetensors.",
+        "weights in other formats are pickles, which run code when they are read.",
+        "convert the model to safetensors first.",
+    )
+
+
+def weights_hash(name: str) -> str | None:
+    """Return the SHA-256 over a local checkpoint's weight files; None for a hub name."""
+    if not Path(name).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in weight_files(Path(name)):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_tokenizer(name: str, settings: Settings) -> PreTrainedTokenizerBase:
+    """Return a checkpoint's tokenizer; raise UserError when it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{name} has no tokenizer that can be loaded: {_first_line(error)}",
+            "without the tokenizer the model was trained with, every number would be about other text.",
+            "put tokenizer.json and tokenizer_config.json beside the weights.",
+        ) from error
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return what fills short rows; padding is masked, so any token will do."""
+    for one in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(one, int):
+            return one
+    return 0
+
+
+def device_of(settings: Settings) -> torch.device:
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(name: str, settings: Settings) -> Any:
+    """Return a causal language model in eval mode on the run's device."""
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
+    )
+    return model.to(device_of(settings)).eval()
+
+
+def attach_lora(model: Any, settings: Settings) -> PeftModel:
+    """Return the model with fresh adapters on every target module; the same seed gives the same adapters."""
+    torch.manual_seed(settings.seed)
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [name for name in settings.target_modules if name not in leaves]
+    if missing:
+        raise UserError(
+            f"target_modules: {', '.join(missing)} match no module of the model.",
+            "an adapter that is not there neither guides the pruning nor repairs it.",
+            f"name modules of this model, e.g. --target-modules {','.join(Settings.target_modules)}.",
+        )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return get_peft_model(model, lora_config(settings))
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    return sum(one.numel() for one in model.parameters())
+
+
+def checkpoint_bytes(folder: str) -> int | None:
+    """Return the size of a local checkpoint's weight files; None for a hub name."""
+    return sum(one.stat().st_size for one in weight_files(Path(folder))) if Path(folder).is_dir() else None

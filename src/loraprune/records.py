@@ -1,0 +1,139 @@
+"""Records: the frozen values that stages hand each other.
+
+Reads    nothing
+Gives    Group, ProjectionGroups, LayerGroups, ModelGroups, Mask, Sensitivity, Removal, Decision, RunReport
+Source   -
+Symbols  L layers, G groups of a kind in a layer; "kept" is a boolean array (L, G)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GroupKind = Literal["kv_group", "ffn_channel"]
+KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
+DatasetType = Literal["forget", "retain"]
+Metric = Literal["lora", "gate"]
+ScoreLoss = Literal["nll", "log_odds"]
+Outcome = Literal["target_reached", "budget_spent", "no_candidates", "floor_reached"]
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """The smallest thing removed."""
+
+    layer: int
+    kind: GroupKind
+    index: int
+
+
+@dataclass(frozen=True)
+class ProjectionGroups:
+    """How the groups lie in one projection: `count` blocks of `size` rows (axis 0) or columns (axis 1)."""
+
+    module: str
+    kind: GroupKind
+    axis: Literal[0, 1]
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """All groups of one kind in one layer, with every projection that they cut."""
+
+    layer: int
+    kind: GroupKind
+    count: int
+    producers: tuple[ProjectionGroups, ...]  # q, k, v or gate, up: rows go
+    consumer: ProjectionGroups  # o or down: columns go
+    parameters_per_group: int
+
+    @property
+    def projections(self) -> tuple[ProjectionGroups, ...]:
+        return (*self.producers, self.consumer)
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """All groups of a model, by kind and layer; every layer has the same number of a kind."""
+
+    family: str
+    layers: Mapping[GroupKind, tuple[LayerGroups, ...]]
+    total_parameters: int
+    allowed_kv_groups: frozenset[int]  # numbers of kept kv_groups for which the family has a stock checkpoint
+
+    def count(self, kind: GroupKind) -> int:
+        return self.layers[kind][0].count
+
+    def slice_parameters(self, kind: GroupKind) -> int:
+        """Return the parameters of one slice: one group of the kind in every layer."""
+        return sum(layer.parameters_per_group for layer in self.layers[kind])
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers["ffn_channel"])
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which groups are kept: for every kind a boolean tensor (L, G)."""
+
+    kept: Mapping[GroupKind, "Tensor"]
+
+    def removed_parameters(self, groups: ModelGroups) -> int:
+        return sum(
+            int((~self.kept[kind][one.layer]).sum()) * one.parameters_per_group
+            for kind, layers in groups.layers.items()
+            for one in layers
+        )
+
+    def sparsity(self, groups: ModelGroups) -> float:
+        """Return removed parameters / all parameters."""
+        return self.removed_parameters(groups) / groups.total_parameters
+
+    def without(self, removed: "tuple[Removal, ...]") -> "Mask":
+        """Return the mask with these groups removed as well."""
+        kept = {kind: one.clone() for kind, one in self.kept.items()}
+        for one in removed:
+            kept[one.group.kind][one.group.layer, one.group.index] = False
+        return Mask(kept)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much one data set's loss depends on each group: for every kind a float64 tensor (L, G), >= 0."""
+
+    values: Mapping[GroupKind, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One group that goes, and why; sensitivities have mean 1 over the unpruned groups of the kind."""
+
+    group: Group
+    share: float | None  # None in plain compression
+    forget: float | None
+    retain: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which groups go, in which order, and what ended the list."""
+
+    removals: tuple[Removal, ...]
+    ended_by: Literal["budget", "no_candidates", "target", "floor"]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run hands back: its folder, its metrics (the content of metrics.json) and whether its goal was met."""
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    goal_met: bool

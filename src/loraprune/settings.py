@@ -1,0 +1,409 @@
+"""Settings: every knob of a run, each with one sentence, a default and a range.
+
+Reads    keyword arguments, a TOML file, or the command line (through cli.py)
+Gives    Settings, frozen and checked; the sentences feed --help, docs/settings.md and error messages
+Source   four fields come from the unlearning plan (threshold, epsilon, floor, ratio), with its defaults
+Symbols  P = performance, S = dual score, share = S / (1 + S)
+"""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from loraprune.errors import UserError, nearest
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a finite number may lie; a bound is part of the range unless it is open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        if math.isinf(self.high):
+            return f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+POSITIVE = Range(0, open_low=True)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+UNIT = Range(0, 1)
+INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
+
+KIND_WORDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a list of names",
+    dict: "pairs role=column",
+}
+_ACCEPTED: dict[type, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
+
+
+def setting(default: Any, section: str, text: str, *, allowed: Range | tuple[str, ...] | None = None) -> Any:
+    """Declare one setting; `text` is one full sentence that states its effect."""
+    metadata = {"section": section, "text": text, "allowed": allowed}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of one run of `loraprune unlearn` (with a forget set) or `loraprune prune` (without)."""
+
+    model: str = setting("", "model", "Folder or hub name of the causal language model to start from.")
+    output: str = setting("", "model", "Folder of the run; the pruned checkpoint is its subfolder model.")
+    reference: str | None = setting(
+        None, "model", "Folder or hub name of a model trained without the forget set; its P(forget) becomes the target."
+    )
+    dtype: str = setting(
+        "auto",
+        "model",
+        "Number format of the weights; auto takes the checkpoint's own.",
+        allowed=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = setting(
+        "auto",
+        "model",
+        "Where the run computes; auto takes a GPU when there is one.",
+        allowed=("auto", "cpu", "cuda", "mps"),
+    )
+    trust_remote_code: bool = setting(False, "model", "Run modelling code that ships with the checkpoint.")
+
+    forget: str | None = setting(
+        None,
+        "data",
+        "Forget set: a .jsonl, .json, .csv, .parquet or .txt file, a folder saved by datasets, or a hub name "
+        "name:config:split.",
+    )
+    retain: str | None = setting(
+        None, "data", "Retain set, same forms; split by the seed into taught (80%), floor (10%) and final rows (10%)."
+    )
+    data: str | None = setting(
+        None,
+        "data",
+        "Training set of plain compression: a .jsonl, .json, .csv, .parquet or .txt file, a folder saved by datasets, "
+        "or a hub name name:config:split.",
+    )
+    holdout: str | None = setting(
+        None,
+        "data",
+        "Data of the forget set's kind that the model never saw; its P is the target when no reference is given.",
+    )
+    bystander: str | None = setting(
+        None, "data", "Things the model knows that stand in neither file; reported, steers nothing."
+    )
+    floor_rows: str | None = setting(None, "data", "File of floor rows, used in place of a tenth of the retain set.")
+    final_rows: str | None = setting(None, "data", "File of final rows, used in place of a tenth of the retain set.")
+    columns: dict[str, str] = setting(  # noqa: RUF009  # by default_factory: a fresh dict every time
+        {},
+        "data",
+        "Which column plays which role, as role=column pairs; roles: messages, prompt, input, answer, text, facts, "
+        "fact_id.",
+    )
+    template: str = setting(
+        "Question: {prompt}\nAnswer: ", "data", "How a prompt is written for a tokenizer without a chat template."
+    )
+    max_length: int = setting(512, "data", "Longest row in tokens; longer ones are cut at the end.", allowed=Range(8))
+    allow_overlap: bool = setting(False, "data", "Go on although rows stand in both the forget set and the retain set.")
+    forget_batch_size: int = setting(32, "data", "Rows of the forget set in one training step.", allowed=AT_LEAST_ONE)
+    retain_batch_size: int = setting(32, "data", "Rows of the retain set in one training step.", allowed=AT_LEAST_ONE)
+    evaluate_batch_size: int = setting(64, "data", "Rows in one pass of scoring or evaluation.", allowed=AT_LEAST_ONE)
+
+    metric: str = setting(
+        "gate",
+        "sensitivity",
+        "How sensitivity is computed: from adapter gradients (lora) or from per-example gates (gate).",
+        allowed=("lora", "gate"),
+    )
+    score_loss: str = setting(
+        "log_odds",
+        "sensitivity",
+        "Which loss is scored; log_odds keeps a gradient on facts known by heart, nll does not.",
+        allowed=("nll", "log_odds"),
+    )
+    score_rows: int = setting(
+        256,
+        "sensitivity",
+        "Rows of each set that are scored at every pruning step, sampled once by the seed.",
+        allowed=AT_LEAST_ONE,
+    )
+    score_power: int = setting(
+        1, "sensitivity", "1 sums absolute values (the released code), 2 sums squares (the paper).", allowed=Range(1, 2)
+    )
+    moving_average: float = setting(
+        0.5,
+        "sensitivity",
+        "Weight of the past in the bias-corrected moving average of sensitivities.",
+        allowed=Range(0, 1, open_high=True),
+    )
+
+    unlearning_threshold: float = setting(
+        0.5,
+        "decision",
+        "A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget.",
+        allowed=UNIT,
+    )
+    unlearning_epsilon: float = setting(
+        1e-6,
+        "decision",
+        "Added to the retain sensitivity in S = I_forget / (I_retain + epsilon); sensitivities have mean 1.",
+        allowed=POSITIVE,
+    )
+    minimum_forget_sensitivity: float = setting(
+        0.1,
+        "decision",
+        "A group with less than this part of the mean forget sensitivity is no candidate: it forgets nothing.",
+        allowed=NOT_NEGATIVE,
+    )
+    sparsity: float | None = setting(
+        None,
+        "decision",
+        "Removed parameters / all parameters to reach; unset: prune only until P(forget) is in the band.",
+        allowed=INSIDE_UNIT,
+    )
+    max_sparsity: float = setting(
+        0.5, "decision", "Most that may be removed when sparsity is unset.", allowed=INSIDE_UNIT
+    )
+    min_groups_per_layer: int = setting(
+        1, "decision", "Groups of each kind that every layer keeps.", allowed=AT_LEAST_ONE
+    )
+
+    min_retain_performance: float = setting(
+        0.9,
+        "floor",
+        "The floor: lowest retention P_after / P_before on the floor rows that a pruning step may leave.",
+        allowed=UNIT,
+    )
+    recovery_steps: int = setting(
+        20,
+        "floor",
+        "LoRA steps on the retain set that a pruning step gets when it broke the floor.",
+        allowed=NOT_NEGATIVE,
+    )
+    forget_target: float | None = setting(
+        None, "target", "P(forget) at which to stop when there is neither a reference nor a holdout.", allowed=UNIT
+    )
+    band: float | None = setting(
+        None,
+        "target",
+        "Half width of the band around the target; unset: the larger of 0.03 and a quarter of the target.",
+        allowed=Range(0, 1, open_low=True),
+    )
+
+    forget_loss: str = setting(
+        "npo",
+        "training",
+        "Loss that pushes the forget set down between pruning steps.",
+        allowed=("none", "ga", "npo", "simnpo"),
+    )
+    forget_retain_ratio: float = setting(
+        1.0, "training", "Weight of the forget loss; the retain loss has weight 1.", allowed=NOT_NEGATIVE
+    )
+    forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
+    learning_rate: float = setting(2e-4, "training", "Peak learning rate of the adapters.", allowed=POSITIVE)
+    warmup_steps: int = setting(
+        20,
+        "training",
+        "Steps of LoRA before the first pruning step; the learning rate rises over the first half.",
+        allowed=NOT_NEGATIVE,
+    )
+    prune_every: int = setting(15, "training", "Training steps between two pruning steps.", allowed=AT_LEAST_ONE)
+    prune_rounds: int = setting(
+        12, "training", "Pruning steps over which the cubic schedule reaches the sparsity.", allowed=AT_LEAST_ONE
+    )
+    finish_steps: int = setting(
+        100, "training", "Steps of recovery on the retain set after the last pruning step.", allowed=NOT_NEGATIVE
+    )
+    evaluate_every: int = setting(
+        25, "training", "Steps of the recovery between two looks at P(forget) and retention.", allowed=AT_LEAST_ONE
+    )
+    max_gradient_norm: float = setting(1.0, "training", "Gradients are clipped to this norm.", allowed=POSITIVE)
+    gradient_checkpointing: bool = setting(False, "training", "Save memory by computing activations twice.")
+
+    lora_rank: int = setting(8, "lora", "Rank of the adapters.", allowed=AT_LEAST_ONE)
+    lora_alpha: float = setting(16, "lora", "Adapters are scaled by alpha / rank.", allowed=POSITIVE)
+    lora_dropout: float = setting(0.0, "lora", "Dropout in front of the adapters.", allowed=Range(0, 1, open_high=True))
+    target_modules: tuple[str, ...] = setting(PROJECTIONS, "lora", "Projections that carry an adapter.")
+
+    seed: int = setting(0, "run", "The one seed: split, samples, adapters, order of the data.", allowed=NOT_NEGATIVE)
+    report_to: tuple[str, ...] = setting(
+        (), "run", "Where training metrics also go, as transformers names them (tensorboard, wandb, ...)."
+    )
+    show_examples: bool = setting(
+        False,
+        "run",
+        "Print three forget and three retain prompts with the answers before and after, on the terminal only.",
+    )
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            _check_value(one, getattr(self, one.name))
+
+    @property
+    def is_unlearning(self) -> bool:
+        return self.forget is not None
+
+    def changed(self, other: "Settings") -> list[str]:
+        """Return the names of the settings in which the two differ."""
+        return [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != getattr(other, one.name)]
+
+
+def flag(name: str) -> str:
+    """Return a setting's name as it is typed on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(name: str) -> type:
+    """Return what a setting holds: bool, int, float, str, tuple (of str) or dict (str to str); unset is left aside."""
+    hint = get_type_hints(Settings)[name]
+    if get_origin(hint) in (tuple, dict):
+        return get_origin(hint)
+    return next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
+
+
+def section_of(name: str) -> str:
+    """Return the section under which a setting is listed."""
+    return _field(name).metadata["section"]
+
+
+def text_of(name: str) -> str:
+    """Return the sentence that says what a setting does."""
+    return _field(name).metadata["text"]
+
+
+def allowed_words(name: str) -> tuple[str, ...]:
+    """Return the words a setting may be; empty where it is no choice of words."""
+    allowed = _field(name).metadata["allowed"]
+    return allowed if isinstance(allowed, tuple) else ()
+
+
+def allowed_text(name: str) -> str:
+    """Return in words what a setting may be, such as "a number in (0, 1)"."""
+    allowed, kind = _field(name).metadata["allowed"], KIND_WORDS[kind_of(name)]
+    if isinstance(allowed, tuple):
+        return f"one of {', '.join(allowed)}"
+    return f"{kind} {_inside(allowed)}" if isinstance(allowed, Range) else kind
+
+
+def default_text(name: str) -> str:
+    """Return a setting's default as it is typed on the command line; "unset" where there is none."""
+    return value_text(getattr(Settings(), name))
+
+
+def value_text(value: Any) -> str:
+    """Return a setting's value as it is typed on the command line, line breaks as \\n."""
+    if value is None or value == "":
+        return "unset"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | dict):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
+
+
+def wrong_value(name: str, value: Any) -> UserError:
+    """Return the error for a value that a setting cannot take; the caller raises it."""
+    default = default_text(name)
+    return UserError(
+        f"{name} is {value!r}; it must be {allowed_text(name)}.",
+        text_of(name),
+        f"set {flag(name)} to {allowed_text(name)}{'' if default == 'unset' else f' (default {default})'}.",
+    )
+
+
+def _field(name: str) -> "dataclasses.Field[Any]":
+    return Settings.__dataclass_fields__[name]
+
+
+def _inside(allowed: Range) -> str:
+    return str(allowed) if math.isinf(allowed.high) else f"in {allowed}"
+
+
+def _check_value(one: "dataclasses.Field[Any]", value: Any) -> None:
+    allowed = one.metadata["allowed"]
+    if allowed is None or (value is None and one.default is None):
+        return
+    known = isinstance(allowed, tuple) and value in allowed
+    inside = isinstance(allowed, Range) and isinstance(value, int | float) and allowed.holds(value)
+    if not known and not inside:
+        raise wrong_value(one.name, value)
+
+
+def setting_names() -> list[str]:
+    """Return the names of all settings in the order of their declaration."""
+    return [one.name for one in dataclasses.fields(Settings)]
+
+
+def refuse_unknown(names: list[str]) -> None:
+    """Raise UserError for the first name that is no setting, offering the nearest one."""
+    known = setting_names()
+    for name in names:
+        if name in known:
+            continue
+        close = nearest(name.replace("-", "_").lstrip("_"), known)
+        raise UserError(
+            f"there is no setting {name}.",
+            "a misspelt setting would be ignored, and the run would not be the one you asked for.",
+            f"did you mean {close}?" if close else "loraprune unlearn --help lists all settings.",
+        )
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Return checked settings from plain values (of a TOML file, say); lists become tuples."""
+    refuse_unknown(list(values))
+    return Settings(**{name: _coerce(name, value) for name, value in values.items()})
+
+
+def _coerce(name: str, value: Any) -> Any:
+    kind = kind_of(name)
+    if value is None and _field(name).default is None:
+        return None
+    if value is None or not _fits(kind, value):
+        raise wrong_value(name, value)
+    return float(value) if kind is float else tuple(value) if kind is tuple else value
+
+
+def _fits(kind: type, value: Any) -> bool:
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if kind is dict:
+        return isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values())
+    return isinstance(value, _ACCEPTED[kind]) and isinstance(value, bool) == (kind is bool)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the values of a TOML file of settings; raise UserError where it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"the settings file {path} cannot be read: {error.strerror}.", "--config names it.", "correct --config."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}.", "settings files are TOML.", "mend that line.") from None
+
+
+def as_values(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values; unset ones are left out, since TOML has no null."""
+    values = dataclasses.asdict(settings)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
