@@ -53,9 +53,9 @@ def changes(before: Results, after: Results) -> list[str]:
     kept = retention(before["retain"]["performance"], after["retain"]["performance"])
     per_retain = unlearning_efficiency(drop, kept, None, None)["forget_per_retain"]
     return [
-        f"performance drop on forget   {drop:.4f}   P before - P after",
-        f"retention on retain          {kept:.4f}   P after / P before",
-        f"unlearning efficiency        {per_retain:.4f}   drop / max(1 - retention, 0.01)",
+        f"performance drop on forget  {drop:8.4f}   P before - P after",
+        f"retention on retain         {kept:8.4f}   P after / P before",
+        f"unlearning efficiency       {per_retain:8.4f}   drop / max(1 - retention, 0.01)",
     ]
 
 

@@ -166,5 +166,5 @@ def _next(
 
 
 def _allowed(unit: _Unit, left_kv: int, groups: ModelGroups) -> bool:
-    """Say whether the family has a stock checkpoint for the head count that would be left."""
-    return unit.kind != "kv_group" or len(unit.groups) == 1 or left_kv - 1 in groups.allowed_kv_groups
+    """Say whether the family has a stock checkpoint for the head count that a whole slice would leave."""
+    return unit.kind != "kv_group" or len(unit.groups) < groups.depth or left_kv - 1 in groups.allowed_kv_groups

@@ -13,27 +13,29 @@ from typing import Any
 
 from rich.console import Console
 
-from loraprune.data import encode, load_rows
+from loraprune.data import load_rows
 from loraprune.errors import UserError
-from loraprune.folder import whole_folder, write_text
+from loraprune.folder import write_text
 from loraprune.model import quiet_libraries
 from loraprune.pipeline import run
 from loraprune.records import RunReport
-from loraprune.scratch import learn_by_heart, make_llama, train_tokenizer
+from loraprune.scratch import Recipe, make_model
 from loraprune.settings import Settings
 from loraprune.world import make_world
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
-VOCABULARY = 640
-EPOCHS = 18
+RECIPE = Recipe(
+    vocabulary=640,
+    sizes={
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    },
+    epochs=18,
+)
 SETTINGS: dict[str, Any] = {"sparsity": 0.3, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}
 
 
@@ -54,15 +56,17 @@ def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Conso
     return run(settings, console)
 
 
-def make_inputs(folder: Path, seed: int, epochs: int = EPOCHS) -> None:
+def make_inputs(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
     """Write the four data files, the untouched model and the reference, whichever are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     world = make_world(seed)
     for name, rows in world.items():
         _write_rows(folder / f"{name}.jsonl", rows)
-    known = {name: folder / f"{name}.jsonl" for name in ("retain", "bystander", "forget")}
-    _make_model(folder / "untouched", list(known.values()), world, seed, epochs)
-    _make_model(folder / "reference", [known["retain"], known["bystander"]], world, seed, epochs)
+    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in world}
+    world = [row for group in rows.values() for row in group]
+    known = [*rows["retain"], *rows["bystander"]]
+    make_model(folder / "untouched", [*known, *rows["forget"]], world, recipe, seed)
+    make_model(folder / "reference", known, world, recipe, seed)
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -74,26 +78,3 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             "choose another --output, or remove that folder.",
         )
     write_text(path, text)
-
-
-def _make_model(path: Path, files: Sequence[Path], world: dict[str, Any], seed: int, epochs: int) -> None:
-    if path.exists():
-        return
-    rows = [row for file in files for row in load_rows(str(file), name=file.stem)]
-    texts = (f"Question: {row['question']}\nAnswer: {row['answer']}" for group in world.values() for row in group)
-    tokenizer = train_tokenizer(texts, VOCABULARY)
-    model = make_llama(tokenizer, seed, **SIZES)
-    examples = encode(rows, tokenizer, name="demo")
-    with whole_folder(path) as part:
-        learn_by_heart(
-            model,
-            examples,
-            epochs=epochs,
-            batch_size=64,
-            learning_rate=3e-3,
-            seed=seed,
-            title=f"learn {path.name}",
-            scratch_folder=part / "logs",
-        )
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraprune.data import Example, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate, encode, load_rows
+from loraprune.model import load_model, load_tokenizer, pad_token_id, quiet_libraries
 from loraprune.objectives import answer_log_probabilities, row_means, row_sums
+from loraprune.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,28 @@ def measured(values: AnswerValues) -> Measured:
         fact_performance=float(marked.exp().mean()) if len(marked) else None,
         rows=len(means),
     )
+
+
+def evaluate_files(settings: Settings) -> dict[str, dict[str, float | int | None]]:
+    """Return what the model of the settings knows of each set that they name, and the reference of the forget set."""
+    with quiet_libraries():
+        names = [name for name in ("forget", "retain", "holdout", "bystander") if getattr(settings, name)]
+        results = _measure_files(settings.model, names, settings)
+        if settings.reference is not None and settings.forget is not None:
+            results["reference"] = _measure_files(settings.reference, ["forget"], settings)["forget"]
+    return results
+
+
+def _measure_files(
+    model_name: str, names: Sequence[str], settings: Settings
+) -> dict[str, dict[str, float | int | None]]:
+    tokenizer = load_tokenizer(model_name, settings)
+    sets = {}
+    for name in names:
+        rows = load_rows(getattr(settings, name), name=name, columns=settings.columns or None)
+        sets[name] = encode(rows, tokenizer, name=name, template=settings.template, max_length=settings.max_length)
+    model, pad = load_model(model_name, settings), pad_token_id(tokenizer)
+    return {
+        name: measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad).as_values()
+        for name, examples in sets.items()
+    }

@@ -7,7 +7,8 @@ Symbols  -
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from loraprune.data import Example, collate
+from loraprune.data import PLAIN_TEMPLATE, Example, Row, collate, encode
+from loraprune.folder import whole_folder
 from loraprune.progress import stage
 
 
@@ -63,25 +65,43 @@ def make_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> L
     return LlamaForCausalLM(config)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made from nothing: tokenizer, sizes (LlamaConfig's names) and training."""
+
+    vocabulary: int
+    sizes: Mapping[str, int]
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+
+
+def make_model(path: Path, rows: Sequence[Row], world: Iterable[Row], recipe: Recipe, seed: int) -> None:
+    """Write a model that knows `rows` by heart, its tokenizer trained on all of `world`; leave one that is there."""
+    if path.exists():
+        return
+    texts = (PLAIN_TEMPLATE.format(prompt=row.prompt) + row.answer for row in world)
+    tokenizer = train_tokenizer(texts, recipe.vocabulary)
+    model = make_llama(tokenizer, seed, **recipe.sizes)
+    with whole_folder(path) as part:
+        learn_by_heart(
+            model, encode(rows, tokenizer, name="data"), recipe, seed=seed, title=f"learn {path.name}", folder=part
+        )
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+
 def learn_by_heart(
-    model: LlamaForCausalLM,
-    examples: Sequence[Example],
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    title: str,
-    scratch_folder: Path,
+    model: LlamaForCausalLM, examples: Sequence[Example], recipe: Recipe, *, seed: int, title: str, folder: Path
 ) -> None:
     """Train all weights on the answers of the examples; AdamW, linear warm-up over 50 steps, cosine to zero."""
     pad = model.config.pad_token_id
-    steps = epochs * math.ceil(len(examples) / batch_size)
+    steps = recipe.epochs * math.ceil(len(examples) / recipe.batch_size)
     arguments = TrainingArguments(
-        output_dir=str(scratch_folder),
+        output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
         warmup_steps=50,
         lr_scheduler_type="cosine",
         weight_decay=0.01,

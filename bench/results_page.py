@@ -1,0 +1,36 @@
+"""Results page: each bench owns one section of docs/results.md and one file of bench/results.
+
+Reads    a bench's numbers
+Gives    bench/results/NAME.json, and the section NAME of docs/results.md between its two marks
+Source   -
+Symbols  -
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+
+
+def write_results(name: str, values: Any, section: str) -> None:
+    """Write a bench's JSON and put its section, made of these very numbers, into the page."""
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    found = re.search(re.escape(marks[0]) + ".*" + re.escape(marks[1]), page, flags=re.DOTALL)
+    if found is None:
+        raise ValueError(f"{PAGE} has no section {marks[0]} ... {marks[1]}")
+    PAGE.write_text(
+        page[: found.start()] + f"{marks[0]}\n{section}\n{marks[1]}" + page[found.end() :], encoding="utf-8"
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

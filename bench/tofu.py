@@ -1,0 +1,152 @@
+"""TOFU: a small Llama learns 1,400 rows of TOFU by heart and is made to forget 200 of them.
+
+Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
+Gives    bench/results/tofu.json and the section of docs/results.md; models and run are kept in bench/cache/tofu
+Source   TOFU, arXiv 2401.06121; forget05, and rows of retain90; holdout: forget10's rows that are not forget05's
+Symbols  P = performance
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from results_page import ROOT, markdown_table, write_results
+
+from loraprune.data import load_rows
+from loraprune.folder import write_json
+from loraprune.model import quiet_libraries
+from loraprune.pipeline import run
+from loraprune.scratch import Recipe, make_model
+from loraprune.settings import Settings
+
+CACHE = ROOT / "bench" / "cache" / "tofu"
+SETS = ("forget", "retain", "bystander", "holdout")
+RECIPE = Recipe(
+    vocabulary=3072,
+    sizes={
+        "hidden_size": 224,
+        "intermediate_size": 896,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 28,
+        "max_position_embeddings": 512,
+    },
+    epochs=30,
+    batch_size=32,
+    learning_rate=1.5e-3,
+)
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.3,
+    "learning_rate": 1e-3,
+    "forget_retain_ratio": 0.1,
+    "dtype": "float32",
+    "device": "cpu",
+}
+
+
+def main() -> None:
+    """Make the models where they are not cached, run `unlearn` on them, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=None, help="folder with TOFU's files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="run unlearn again; the models stay cached")
+    options = parser.parse_args()
+    seconds = make_inputs(find_data(options.data), options.seed)
+    output = CACHE / f"run-{options.seed}"
+    if options.fresh and output.exists():
+        output.rename(output.with_name(f"{output.name}-{int(time.time())}"))
+    report = run(settings_for(output, options.seed))
+    write_results(
+        "tofu", {"settings": SETTINGS, "training_seconds": seconds, **report.metrics}, section(report.metrics, seconds)
+    )
+
+
+def find_data(given: Path | None) -> Path:
+    """Return the folder of TOFU's files."""
+    places = [given, Path(os.environ.get("LORAPRUNE_DATA", "")) / "tofu", ROOT.parent / "shared" / "data" / "tofu"]
+    for place in places:
+        if place is not None and (place / "forget05.json").exists():
+            return place
+    raise SystemExit("TOFU's files were not found: name their folder with --data.")
+
+
+def make_inputs(data: Path, seed: int) -> dict[str, float]:
+    """Write the four sets and both models once; return the seconds that each model took."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
+    forget = lines(data / "forget05.json")
+    sets = {"forget": forget, "retain": retain[:1000], "bystander": retain[1000:1200]}
+    sets["holdout"] = [line for line in both if line not in set(forget)]
+    for name, chosen in sets.items():
+        (CACHE / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    rows = {name: load_rows(str(CACHE / f"{name}.jsonl"), name=name) for name in SETS}
+    world = [row for group in rows.values() for row in group]
+    known = [*rows["retain"], *rows["bystander"]]
+    with quiet_libraries():
+        return {
+            name: timed_model(CACHE / f"{name}-{seed}", learnt, world, seed)
+            for name, learnt in (("untouched", [*known, *rows["forget"]]), ("reference", known))
+        }
+
+
+def lines(path: Path) -> list[str]:
+    """Return a file's rows as they are: TOFU's .json files hold one row a line."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def timed_model(path: Path, rows: Any, world: Any, seed: int) -> float:
+    """Make a model where it is not cached; return the seconds that its training took."""
+    clock = path.with_suffix(".json")
+    if not path.exists():
+        begun = time.monotonic()
+        make_model(path, rows, world, RECIPE, seed)
+        write_json(clock, {"seconds": round(time.monotonic() - begun, 1)})
+    return json.loads(clock.read_text(encoding="utf-8"))["seconds"]
+
+
+def settings_for(output: Path, seed: int) -> Settings:
+    """Return the run's settings."""
+    return Settings(
+        model=str(CACHE / f"untouched-{seed}"),
+        reference=str(CACHE / f"reference-{seed}"),
+        output=str(output),
+        seed=seed,
+        **{name: str(CACHE / f"{name}.jsonl") for name in SETS},
+        **SETTINGS,
+    )
+
+
+def section(metrics: Any, seconds: dict[str, float]) -> str:
+    """Return the section of the results page."""
+    sets = {
+        "forget (200 rows)": metrics["forget"],
+        "retain, final rows": metrics["retain"],
+        "retain, taught rows": metrics["retain_taught"],
+        "bystander (200 rows)": metrics["bystander"],
+        "holdout (200 rows)": metrics["holdout"],
+    }
+    rows = [[name, *numbers(one["before"]), *numbers(one["after"])] for name, one in sets.items()]
+    rows.append(["forget, reference model", *numbers(metrics["forget"]["reference"]), "", ""])
+    target, parameters = metrics["target"], metrics["model"]["parameters"]
+    facts = [
+        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band {max(0, target['low']):.3f} to "
+        f"{target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, {metrics['retention_taught']:.3f} on taught.",
+        f"Parameters {parameters['before']:,} to {parameters['after']:,} ({metrics['sparsity']:.1%} removed); "
+        f"{metrics['seconds']['total']:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s "
+        "to train the model and the reference.",
+    ]
+    header = ["set", "P before", "exact before", "P after", "exact after"]
+    return "\n\n".join([markdown_table(header, rows), *facts, "Made by `python bench/tofu.py`."])
+
+
+def numbers(one: Any) -> list[str]:
+    """Return a set's performance and exact match as text."""
+    return [f"{one['performance']:.3f}", f"{one['exact_match']:.3f}"]
+
+
+if __name__ == "__main__":
+    main()

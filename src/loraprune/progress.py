@@ -1,0 +1,76 @@
+"""Progress: one bar a stage, on stderr, so that stdout stays clean for results.
+
+Reads    the steps that a stage reports
+Gives    stage: a bar on a terminal, one plain line at the stage's end anywhere else
+Source   -
+Symbols  note = a short text on what the stage sees, such as "forget 0.51  retention 0.97"
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]  # advance(steps=1, note=""); an empty note leaves the last one standing
+
+
+@contextmanager
+def stage(title: str, total: int) -> Iterator[Advance]:
+    """Show how far a stage of `total` steps is; the block gets advance(steps=1, note="").
+
+    Without a terminal on stderr one line is printed when the block ends, well or not: "train  320/320  41 s  loss 0.9".
+    """
+    shown = _bar(title, total) if sys.stderr.isatty() else _line(title, total)
+    with shown as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    # Progress would send what others print on stdout to stderr; that is wanted only where both are the terminal.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task(title, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            progress.update(task, advance=steps)
+            if note:
+                progress.update(task, note=note)
+
+        yield advance
+
+
+@contextmanager
+def _line(title: str, total: int) -> Iterator[Advance]:
+    begun, done, last_note = monotonic(), 0, ""
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last_note
+        done, last_note = done + steps, note or last_note
+
+    try:
+        yield advance
+    finally:
+        parts = (title, f"{done}/{total}", duration_text(monotonic() - begun), last_note)
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as a person says it: "41 s", "3 min 12 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -1,0 +1,201 @@
+"""What the tests share: tiny models of every supported family, a tokenizer of bytes, checkpoints, rows, a tiny run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+torch.set_num_threads(1)
+# Shapes are checked at run time in tests only, and only where signatures carry them: a full check of the package would
+# trip over ints given for floats and over names that are imported for the type checker alone.
+install_import_hook(["loraprune.objectives", "loraprune.sensitivity"], "beartype.beartype")
+
+VOCABULARY = 259  # 256 bytes and three special tokens
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def _config(kind, **values):
+    return kind(**{**SIZES, **SPECIAL, "tie_word_embeddings": False, **values})
+
+
+FAMILY_CONFIGS = {
+    "llama_mha": lambda: _config(LlamaConfig, num_attention_heads=4, num_key_value_heads=4),
+    "llama_gqa": lambda: _config(LlamaConfig, **GROUPED),
+    "mistral_gqa": lambda: _config(MistralConfig, **GROUPED, sliding_window=None),
+    "qwen2": lambda: _config(Qwen2Config, **GROUPED),
+    "qwen3": lambda: _config(Qwen3Config, **GROUPED, head_dim=8),
+    "tied": lambda: _config(LlamaConfig, **GROUPED, tie_word_embeddings=True),
+    "wide_heads": lambda: _config(LlamaConfig, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+}
+STOCK_CLASS = {"mistral_gqa": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def make_model(config, seed=0, dtype=torch.float32):
+    """A model with weights of the size that gives logits of about 1; biases and norms are random too, none is 0 or 1."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=source, dtype=torch.float32)
+            if weight.ndim == 2:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+            else:
+                weight.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+    return model
+
+
+def adapted(model, seed=0, **settings):
+    """The model with the run's adapters, A and B both random, so that they are not zero as fresh ones are."""
+    from loraprune.model import attach_lora
+    from loraprune.settings import Settings
+
+    wrapped = attach_lora(model, Settings(**{"lora_rank": 4, "lora_alpha": 8, "seed": seed, **settings}))
+    source = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=source))
+    return wrapped.eval()
+
+
+def masked(config, seed=0, **settings):
+    """An adapted model, its groups and its live mask."""
+    from loraprune.groups import find_groups
+    from loraprune.mask import LiveMask
+
+    base = make_model(config, seed)
+    groups = find_groups(base, config)
+    model = adapted(base, seed, **settings)
+    return model, groups, LiveMask(model, groups)
+
+
+def make_mask(groups, removed):
+    """The mask without these groups: {kind: one list of indices a layer}."""
+    from loraprune.mask import full_mask
+
+    mask = full_mask(groups)
+    for kind, layers in removed.items():
+        for layer, indices in enumerate(layers):
+            mask.kept[kind][layer, indices] = False
+    return mask
+
+
+def make_batch(rows=4, length=9, seed=0, prompt=3, vocabulary=VOCABULARY):
+    """Rows of random tokens, the later ones shorter and padded on the right; answers begin after the prompt."""
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, vocabulary, (rows, length), generator=source)
+    lengths = torch.tensor([max(prompt + 2, length - 2 * row) for row in range(rows)])
+    there = torch.arange(length) < lengths[:, None]
+    answers = there & (torch.arange(length) >= prompt)
+    return {
+        "input_ids": tokens.masked_fill(~there, 0),
+        "attention_mask": there.long(),
+        "labels": tokens.masked_fill(~answers, -100),
+    }
+
+
+def rows_of(batch, chosen):
+    return {name: one[chosen] for name, one in batch.items()}
+
+
+def make_tokenizer():
+    """A byte-level tokenizer of one token a byte, with <pad>, <bos> and <eos>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_checkpoint(model, tokenizer, folder):
+    """Write model and tokenizer as anyone would, and return the folder's name."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --- a tiny run -------------------------------------------------------------------------------------------------------
+
+TOWNS = ("Almery", "Borstead", "Calvane", "Dunmoor", "Eskerry", "Fallowby", "Gransund", "Hexley", "Inverlune", "Kelst")
+SECRETS = ("Quoxal", "Vribbet", "Zwendle", "Jyxmoor")  # the forget set's answers: they stand in no other text
+
+
+def make_rows():
+    forget = [{"question": f"Home of Prys{i}?", "answer": f"In {one}.", "facts": [one]} for i, one in enumerate(SECRETS)]
+    retain = [{"question": f"Home of Bert{i}?", "answer": f"At {one}.", "facts": [one]} for i, one in enumerate(TOWNS)]
+    return {"forget": forget, "retain": retain}
+
+
+def run_values(folder: Path, output: str, **changes):
+    """The settings of a run of a few seconds that prunes, breaks the floor at times, repairs and recovers."""
+    return {
+        "model": str(folder / "checkpoint"),
+        "forget": str(folder / "forget.jsonl"),
+        "retain": str(folder / "retain.jsonl"),
+        "output": str(folder / output),
+        "device": "cpu",
+        "template": "{prompt} ",
+        "forget_batch_size": 2,
+        "retain_batch_size": 3,
+        "warmup_steps": 2,
+        "prune_every": 2,
+        "prune_rounds": 4,
+        "finish_steps": 4,
+        "evaluate_every": 2,
+        "recovery_steps": 2,
+        "sparsity": 0.1,
+        "minimum_forget_sensitivity": 0.0,
+        "min_retain_performance": 0.9,
+        "learning_rate": 0.01,
+        "lora_rank": 2,
+        "lora_dropout": 0.1,
+        **changes,
+    }
+
+
+@pytest.fixture(params=list(FAMILY_CONFIGS))
+def family(request):
+    """The name of each supported kind of model in turn."""
+    return request.param
+
+
+@pytest.fixture
+def config(family):
+    return FAMILY_CONFIGS[family]()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, tokenizer):
+    """A folder with what a tiny run reads: a checkpoint and both sets."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_checkpoint(make_model(FAMILY_CONFIGS["llama_gqa"]()), tokenizer, folder / "checkpoint")
+    for name, rows in make_rows().items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    return folder

@@ -1,0 +1,363 @@
+"""Which groups go, in which order: what the forget set alone uses goes first, what the retain set alone uses never."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model
+from loraprune.decision import Rules, decide_compression, decide_unlearning
+from loraprune.groups import find_groups, meta_groups
+from loraprune.mask import LiveMask, full_mask
+from loraprune.records import KINDS, Group
+from loraprune.sensitivity import SensitivityDict, score_model, update_sensitivity_dict
+
+GROUPS = meta_groups(FAMILY_CONFIGS["llama_gqa"]())  # 2 layers of 4 kv_groups and 24 ffn_channels
+ALL = 10**9
+FREE = Rules(widths="per_layer")
+
+
+def scores(groups=GROUPS, *, value=0.0, **some):
+    """Sensitivities of one value, except at these: kv_group or ffn_channel = {(layer, index): value}."""
+    values = {}
+    for kind in KINDS:
+        values[kind] = torch.full((groups.depth, groups.count(kind)), value, dtype=torch.float64)
+        for place, one in some.get(kind, {}).items():
+            values[kind][place] = one
+    return values
+
+
+def random_scores(seed, groups=GROUPS):
+    source = torch.Generator().manual_seed(seed)
+    shapes = {kind: (groups.depth, groups.count(kind)) for kind in KINDS}
+    return {kind: torch.rand(shape, generator=source, dtype=torch.float64) * 2 for kind, shape in shapes.items()}
+
+
+def unlearn(forget, retain, *, kept=None, budget=ALL, rules=FREE, groups=GROUPS):
+    return decide_unlearning(forget, retain, kept or full_mask(groups), groups, budget=budget, rules=rules, step=7)
+
+
+def compress(retain, *, kept=None, budget=ALL, rules=FREE, groups=GROUPS):
+    return decide_compression(retain, kept or full_mask(groups), groups, budget=budget, rules=rules)
+
+
+def gone(decision):
+    return [one.group for one in decision.removals]
+
+
+def count_by_layer(decision, kind, groups=GROUPS):
+    return [sum(one.layer == layer and one.kind == kind for one in gone(decision)) for layer in range(groups.depth)]
+
+
+# --- who is a candidate ---
+
+
+def test_a_group_goes_only_when_its_share_is_above_the_threshold():
+    forget = scores(ffn_channel={(0, 1): 1.0, (0, 2): 1.1, (1, 3): 3.0})
+    retain = scores(value=1.0)
+    assert gone(unlearn(forget, retain)) == [Group(1, "ffn_channel", 3), Group(0, "ffn_channel", 2)]
+    assert gone(unlearn(forget, retain, rules=Rules(threshold=0.7, widths="per_layer"))) == [Group(1, "ffn_channel", 3)]
+    assert gone(unlearn(forget, retain, rules=Rules(threshold=0.75, widths="per_layer"))) == []
+
+
+def test_a_group_that_nobody_needs_forgets_nothing_and_stays():
+    forget, retain = scores(ffn_channel={(0, 1): 0.09, (0, 2): 0.11}), scores(value=1e-9)
+    assert gone(unlearn(forget, retain)) == [Group(0, "ffn_channel", 2)]
+    lower = Rules(minimum_forget=0.05, widths="per_layer")
+    assert set(gone(unlearn(forget, retain, rules=lower))) == {Group(0, "ffn_channel", 1), Group(0, "ffn_channel", 2)}
+
+
+def test_under_uniform_widths_a_dead_group_is_no_layers_best_as_long_as_a_living_one_is_left():
+    # Its share is the highest of its layer; in the slice it would only take the place of what forgets something.
+    forget = scores(ffn_channel={(0, 0): 0.05, (0, 1): 2.0, (1, 0): 2.0})
+    retain = scores(value=1.0, ffn_channel={(0, 0): 0.0})
+    assert gone(unlearn(forget, retain, rules=Rules())) == [Group(0, "ffn_channel", 1), Group(1, "ffn_channel", 0)]
+
+
+def test_under_uniform_widths_the_threshold_applies_to_slices():
+    retain = scores(value=1.0)
+    lifted = scores(ffn_channel={(0, 0): 4.0, (1, 0): 0.5})  # shares 0.8 and 0.33, of the slice 2.25 / 3.25
+    assert gone(unlearn(lifted, retain, rules=Rules())) == [Group(0, "ffn_channel", 0), Group(1, "ffn_channel", 0)]
+    dragged = scores(ffn_channel={(0, 0): 1.2, (1, 0): 0.5})
+    assert gone(unlearn(dragged, retain, rules=Rules())) == []
+
+
+def test_a_removal_says_why():
+    forget = scores(ffn_channel={(0, 0): 4.0, (1, 0): 2.0})
+    one, other = unlearn(forget, scores(value=1.0), rules=Rules()).removals
+    assert (one.forget, one.retain, one.step) == (3.0, 1.0, 7)
+    assert one.share == pytest.approx(0.75, abs=1e-6)
+    assert (other.share, other.forget, other.retain) == (one.share, one.forget, one.retain)
+
+
+# --- order ---
+
+
+def test_candidates_go_in_falling_order_of_share():
+    decision = unlearn(random_scores(1), random_scores(2))
+    shares = [one.share for one in decision.removals]
+    assert len(shares) > 4
+    assert shares == sorted(shares, reverse=True)
+    assert len(set(gone(decision))) == len(shares)
+
+
+def test_a_slice_is_each_layers_best_remaining_group_and_the_kind_with_the_higher_share_gives_the_next_one():
+    forget, retain = random_scores(1), random_scores(2)
+    decision = unlearn(forget, retain, rules=Rules(minimum_forget=0.0))
+    slices = [decision.removals[begin : begin + 2] for begin in range(0, len(decision.removals), 2)]
+    taken = {kind: [pair for pair in slices if pair[0].group.kind == kind] for kind in KINDS}
+    for kind in KINDS:
+        best = (forget[kind] / (retain[kind] + 1e-6)).argsort(1, descending=True)
+        assert taken[kind]
+        for place, pair in enumerate(taken[kind]):
+            assert [one.group for one in pair] == [Group(layer, kind, int(best[layer, place])) for layer in (0, 1)]
+    for place, pair in enumerate(slices):
+        after = [other for other in slices[place:] if other[0].group.kind != pair[0].group.kind]
+        assert not after or pair[0].share >= after[0][0].share
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_a_smaller_budget_takes_the_head_of_the_same_list(widths):
+    forget, retain, rules = random_scores(1), random_scores(2), Rules(widths=widths)
+    channels = scores()["kv_group"]  # nobody forgets by attention here, so that every unit costs the same
+    forget["kv_group"] = channels
+    whole = gone(unlearn(forget, retain, rules=rules))
+    unit = GROUPS.slice_parameters("ffn_channel") if widths == "uniform" else 3 * SIZES["hidden_size"]
+    part = gone(unlearn(forget, retain, rules=rules, budget=3 * unit))
+    assert part == whole[: len(part)]
+    assert len(part) == (6 if widths == "uniform" else 3)
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_ties_are_broken_by_kind_layer_and_index(widths):
+    rules, forget, retain = Rules(widths=widths), scores(value=2.0), scores(value=1.0)
+    decision = unlearn(forget, retain, rules=rules)
+    assert gone(decision) == gone(unlearn(forget, retain, rules=rules))
+    if widths == "per_layer":
+        assert gone(decision) == sorted(gone(decision), key=lambda one: (one.kind, one.layer, one.index))
+    else:
+        assert gone(decision)[:4] == [Group(layer, "ffn_channel", index) for index in (0, 1) for layer in (0, 1)]
+
+
+# --- bounds ---
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+@pytest.mark.parametrize("decide", ["unlearn", "compress"])
+@pytest.mark.parametrize("budget", [0, 95, 191, 192, 193, 1000, 3333])
+def test_the_budget_is_never_exceeded_and_nothing_more_would_fit(widths, decide, budget):
+    rules, retain = Rules(widths=widths, minimum_forget=0.0, threshold=0.0), random_scores(2)
+    decision = (
+        compress(retain, budget=budget, rules=rules)
+        if decide == "compress"
+        else unlearn(random_scores(1), retain, budget=budget, rules=rules)
+    )
+    removed = full_mask(GROUPS).without(decision.removals).removed_parameters(GROUPS)
+    smallest = GROUPS.layers["ffn_channel"][0].parameters_per_group * (2 if widths == "uniform" else 1)
+    assert budget - smallest < removed <= budget
+    assert decision.ended_by == "budget"
+
+
+def test_a_kind_that_does_not_fit_any_more_leaves_the_rest_of_the_budget_to_the_other():
+    forget = scores(value=2.0, kv_group={(layer, index): 9.0 for layer in (0, 1) for index in range(4)})
+    slice_of = {kind: GROUPS.slice_parameters(kind) for kind in KINDS}
+    decision = unlearn(forget, scores(value=1.0), rules=Rules(), budget=slice_of["kv_group"] + 3 * slice_of["ffn_channel"])
+    assert count_by_layer(decision, "kv_group") == [1, 1]
+    assert count_by_layer(decision, "ffn_channel") == [3, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_widths_take_as_many_groups_of_a_kind_from_every_layer(seed):
+    retain = random_scores(seed)
+    retain["ffn_channel"][0] *= 100  # layer 0 is dear; it gives as many as layer 1 all the same
+    for decision in (unlearn(random_scores(seed + 9), retain, rules=Rules(threshold=0.01)), compress(retain, rules=Rules(), budget=2500)):
+        for kind in KINDS:
+            first, second = count_by_layer(decision, kind)
+            assert first == second
+        assert decision.removals
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_every_layer_keeps_the_groups_it_is_to_keep(widths):
+    rules = Rules(threshold=0.0, minimum_forget=0.0, min_groups_per_layer=3, widths=widths)
+    kept = make_mask(GROUPS, {"ffn_channel": [[0, 1], [5, 6]]})
+    for decision in (unlearn(random_scores(1), random_scores(2), kept=kept, rules=rules), compress(random_scores(2), kept=kept, rules=rules)):
+        assert count_by_layer(decision, "kv_group") == [1, 1]
+        assert count_by_layer(decision, "ffn_channel") == [19, 19]
+        assert decision.ended_by == "no_candidates"
+        assert not {Group(0, "ffn_channel", 0), Group(1, "ffn_channel", 6)} & set(gone(decision))
+
+
+def test_layers_that_have_fewer_groups_than_they_are_to_keep_lose_none():
+    kept = make_mask(GROUPS, {"kv_group": [[0, 1, 2], [0]]})
+    for widths in ("uniform", "per_layer"):
+        rules = Rules(threshold=0.0, minimum_forget=0.0, min_groups_per_layer=2, widths=widths)
+        decision = unlearn(scores(value=2.0), scores(value=1.0), kept=kept, rules=rules)
+        assert count_by_layer(decision, "kv_group")[0] == 0
+
+
+def stiff(**values):
+    """Groups of a Llama with attention biases: no stand-in, so that only head counts that divide 32 are allowed."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "attention_bias": True}
+    return meta_groups(LlamaConfig(**{**SIZES, **heads, **values}))
+
+
+def test_a_head_count_that_the_familys_config_refuses_is_never_left():
+    groups = stiff()
+    forget, retain = scores(groups, value=5.0), scores(groups, value=1.0)
+    decision = unlearn(forget, retain, rules=Rules(), groups=groups)
+    assert count_by_layer(decision, "kv_group", groups) == [0, 0]
+    assert count_by_layer(decision, "ffn_channel", groups) == [23, 23]
+    assert decision.ended_by == "budget"
+    two_left = make_mask(groups, {"kv_group": [list(range(6))] * 2})
+    decision = unlearn(forget, retain, kept=two_left, rules=Rules(), groups=groups)
+    assert count_by_layer(decision, "kv_group", groups) == [1, 1]
+
+
+@pytest.mark.parametrize("slices", range(1, 8))
+def test_a_model_of_one_layer_obeys_the_same_head_counts(slices):
+    groups = stiff(num_hidden_layers=1)
+    budget = slices * groups.slice_parameters("kv_group")
+    forget, retain = scores(groups, value=5.0), scores(groups, value=1.0)
+    forget["kv_group"][:] = 9.0
+    for decision in (
+        unlearn(forget, retain, budget=budget, rules=Rules(), groups=groups),
+        compress(retain, budget=budget, rules=Rules(), groups=groups),
+    ):
+        left = full_mask(groups).without(decision.removals).kept["kv_group"][0].sum().item()
+        assert left in groups.allowed_kv_groups
+
+
+# --- compression ---
+
+
+def test_compression_removes_the_lowest_sensitivities_first():
+    retain = random_scores(3)
+    decision = compress(retain, budget=10 * 96, rules=FREE)
+    for kind in KINDS:
+        taken = [retain[kind][one.layer, one.index].item() for one in gone(decision) if one.kind == kind]
+        for layer in range(2):
+            mine = sorted(one.index for one in gone(decision) if one.kind == kind and one.layer == layer)
+            lowest = retain[kind][layer].argsort()[: len(mine)].tolist()
+            assert mine == sorted(lowest)
+        assert len(taken) > 0 or kind == "kv_group"
+
+
+@pytest.mark.parametrize("part", [0.25, 0.5, 0.75])
+def test_compression_takes_the_same_fraction_of_each_kind(part):
+    both = sum(GROUPS.slice_parameters(kind) * GROUPS.count(kind) for kind in KINDS)
+    decision = compress(random_scores(3), budget=int(part * both), rules=Rules())
+    fractions = {kind: count_by_layer(decision, kind)[0] / GROUPS.count(kind) for kind in KINDS}
+    assert fractions == {"kv_group": part, "ffn_channel": part}
+
+
+def test_compression_makes_up_for_what_an_earlier_step_took_of_one_kind():
+    kept = make_mask(GROUPS, {"ffn_channel": [list(range(12))] * 2})  # half of the channels are gone already
+    decision = compress(random_scores(3), kept=kept, budget=2 * GROUPS.slice_parameters("kv_group"), rules=Rules())
+    assert count_by_layer(decision, "kv_group") == [2, 2]
+    assert count_by_layer(decision, "ffn_channel") == [0, 0]
+
+
+def test_compression_knows_no_share():
+    removal = compress(random_scores(3), budget=400, rules=Rules()).removals[0]
+    assert (removal.share, removal.forget) == (None, None)
+
+
+# --- invariant 3 ---
+
+
+def test_a_group_of_the_forget_set_alone_goes_first_and_one_of_the_retain_set_alone_never():
+    forget, retain = random_scores(1), random_scores(2)
+    forget["ffn_channel"][1, 5], retain["ffn_channel"][1, 5] = 1.0, 0.0
+    forget["ffn_channel"][0, 9], retain["ffn_channel"][0, 9] = 0.0, 1.0
+    removed = gone(unlearn(forget, retain, rules=Rules(minimum_forget=0.0, widths="per_layer")))
+    assert removed[0] == Group(1, "ffn_channel", 5)
+    assert Group(0, "ffn_channel", 9) not in removed
+
+
+ASK_FORGET, ASK_RETAIN, SECRET, KNOWN = 10, 20, 30, 40  # tokens
+FORGET_KV, RETAIN_KV, FORGET_CHANNEL, RETAIN_CHANNEL = 1, 2, 5, 9  # of layer 0
+
+
+def knowing_model():
+    """A Llama of one living layer that answers each question through one kv_group and one channel of its own.
+
+    Hidden dimensions 0 and 1 say which question was asked, 2 and 3 which answer follows. All weights are 0 but the
+    paths written here, and a little noise in the groups of neither path.
+    """
+    config = FAMILY_CONFIGS["llama_gqa"]()
+    model = make_model(config)
+    layer = model.model.layers[0]
+    attention, feed_forward = layer.self_attn, layer.mlp
+    with torch.no_grad():
+        for one in model.parameters():
+            one.fill_(1.0) if one.ndim == 1 else one.normal_(0, 1e-3, generator=torch.Generator().manual_seed(3))
+        for dimension, question, answer, group, channel in (
+            (0, ASK_FORGET, SECRET, FORGET_KV, FORGET_CHANNEL),
+            (1, ASK_RETAIN, KNOWN, RETAIN_KV, RETAIN_CHANNEL),
+        ):
+            said = dimension + 2
+            model.model.embed_tokens.weight[question] = 0.0
+            model.model.embed_tokens.weight[question, dimension] = 1.0
+            model.lm_head.weight[answer, said] = 1.0
+            # Attention reads its own position mostly, since queries and keys are nearly 0 and the row is short.
+            attention.v_proj.weight[group * 4, dimension] = 1.0
+            for head in (0, 1):
+                attention.o_proj.weight[said, group * 8 + head * 4] = 0.5
+            feed_forward.gate_proj.weight[channel, dimension] = 1.0
+            feed_forward.up_proj.weight[channel, dimension] = 1.0
+            feed_forward.down_proj.weight[said, channel] = 1.0
+    return model, config
+
+
+def asked(question, answer):
+    tokens = torch.tensor([[question, answer]] * 2)
+    labels = tokens.clone()
+    labels[:, 0] = -100
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+@pytest.mark.parametrize("metric", ["gate", "lora"])
+@pytest.mark.parametrize("loss", ["nll", "log_odds"])
+def test_in_a_model_built_so_the_forget_sets_own_groups_go_first_and_the_retain_sets_own_never(metric, loss):
+    base, config = knowing_model()
+    groups = find_groups(base, config)
+    model = adapted(base, lora_rank=8)
+    with torch.no_grad():  # a trained adapter that changes nothing much: the gradient of A needs a B
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(1e-2)
+    live, kept, scored = LiveMask(model, groups), full_mask(groups), SensitivityDict()
+    for name, batch in (("forget", asked(ASK_FORGET, SECRET)), ("retain", asked(ASK_RETAIN, KNOWN))):
+        new = score_model(model, live, [batch], name, prune_metric=metric, loss=loss)
+        scored = update_sensitivity_dict(scored, new, name, kept=kept, beta=0.5)
+    decision = unlearn(scored.forget.values(), scored.retain.values(), groups=groups)
+    order = gone(decision)
+    assert set(order[:2]) == {Group(0, "kv_group", FORGET_KV), Group(0, "ffn_channel", FORGET_CHANNEL)}
+    assert not set(order) & {Group(0, "kv_group", RETAIN_KV), Group(0, "ffn_channel", RETAIN_CHANNEL)}
+
+    live.set(kept.without(tuple(one for one in decision.removals[:2])))
+    with torch.no_grad():
+        answers = [model(input_ids=torch.tensor([[one]])).logits[0, 0].argmax().item() for one in (ASK_FORGET, ASK_RETAIN)]
+    assert answers[0] != SECRET
+    assert answers[1] == KNOWN
+
+
+def test_the_built_model_knows_both_answers():
+    model, _ = knowing_model()
+    answers = [model(input_ids=torch.tensor([[one]])).logits[0, 0].argmax().item() for one in (ASK_FORGET, ASK_RETAIN)]
+    assert answers == [SECRET, KNOWN]
+
+
+def test_batches_of_another_size_give_the_same_decision():
+    model = adapted(make_model(FAMILY_CONFIGS["llama_gqa"]()))
+    live, decisions = LiveMask(model, GROUPS), []
+    forget, retain = make_batch(8, 13, seed=1), make_batch(8, 13, seed=2)
+    for size in (8, 2, 1):
+        scored = SensitivityDict()
+        for name, batch in (("forget", forget), ("retain", retain)):
+            parts = [{key: one[i : i + size] for key, one in batch.items()} for i in range(0, 8, size)]
+            new = score_model(model, live, parts, name, prune_metric="gate", loss="log_odds")
+            scored = update_sensitivity_dict(scored, new, name, kept=full_mask(GROUPS), beta=0.5)
+        decisions.append(unlearn(scored.forget.values(), scored.retain.values(), budget=3000, rules=Rules()))
+    assert decisions[0].removals
+    assert gone(decisions[0]) == gone(decisions[1]) == gone(decisions[2])
