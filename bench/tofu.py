@@ -131,13 +131,14 @@ def section(metrics: Any, seconds: dict[str, float]) -> str:
     }
     rows = [[name, *numbers(one["before"]), *numbers(one["after"])] for name, one in sets.items()]
     rows.append(["forget, reference model", *numbers(metrics["forget"]["reference"]), "", ""])
-    target, parameters = metrics["target"], metrics["model"]["parameters"]
+    target, parameters, spent = metrics["target"], metrics["model"]["parameters"], metrics["seconds"]["total"]
     facts = [
-        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band {max(0, target['low']):.3f} to "
-        f"{target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, {metrics['retention_taught']:.3f} on taught.",
+        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band {max(0, target['low']):.3f} "
+        f"to {target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, {metrics['retention_taught']:.3f} "
+        "on taught rows.",
         f"Parameters {parameters['before']:,} to {parameters['after']:,} ({metrics['sparsity']:.1%} removed); "
-        f"{metrics['seconds']['total']:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s "
-        "to train the model and the reference.",
+        f"{spent:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s to train the model "
+        "and the reference.",
     ]
     header = ["set", "P before", "exact before", "P after", "exact after"]
     return "\n\n".join([markdown_table(header, rows), *facts, "Made by `python bench/tofu.py`."])

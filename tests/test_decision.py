@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model
 from transformers import LlamaConfig
 
-from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model
 from loraprune.decision import Rules, decide_compression, decide_unlearning
 from loraprune.groups import find_groups, meta_groups
 from loraprune.mask import LiveMask, full_mask

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import FAMILY_CONFIGS, SIZES, make_mask, make_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from conftest import FAMILY_CONFIGS, SIZES, make_mask, make_model, save_checkpoint
 from loraprune.errors import UserError
 from loraprune.groups import allowed_kv_groups, family_of, find_groups, meta_groups, prunable_parameters
 from loraprune.model import checked_config

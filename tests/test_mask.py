@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import FAMILY_CONFIGS, adapted, make_batch, make_mask, make_model, masked
+
 from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask, mask_of
 from loraprune.objectives import answer_log_probabilities, row_sums

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import make_batch
 from jaxtyping import TypeCheckError
 
-from conftest import make_batch
 from loraprune.objectives import (
     answer_log_odds,
     answer_log_probabilities,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import FAMILY_CONFIGS, make_mask, masked
+
 from loraprune.decision import Rules
 from loraprune.mask import full_mask
 from loraprune.pruning import local_prune, restore_state, take_state, unlearning_prune

@@ -17,22 +17,19 @@ from PIL import Image
 from rich.console import Console
 
 from loraprune.errors import UserError
+from loraprune.figure import course, draw_result, spread
 from loraprune.report import (
-    course,
-    draw_result,
     evaluation_table,
     limits,
     local_name,
     model_card,
-    number_text,
-    outcome_text,
     removed_by_layer,
     result_rows,
     result_table,
-    spread,
     without_folders,
     write_report,
 )
+from loraprune.words import number_text, outcome_text
 
 HOME = "/home/jane/secret"
 CONFIG = (

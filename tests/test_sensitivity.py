@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-
 from conftest import FAMILY_CONFIGS, adapted, make_batch, make_mask, make_model, masked, rows_of
+
 from loraprune import sensitivity
 from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask

@@ -47,7 +47,7 @@ def save_state(folder: Path, run_state: RunState, state: ModelState, optimizer: 
 
 
 def load_state(folder: Path) -> tuple[RunState, ModelState] | None:
-    """Return where a run stood and the weights it had, None where nothing was saved; `resume_optimizer` does the rest."""
+    """Return where a run stood and the weights it had, None where nothing was saved; then `resume_optimizer`."""
     if not folder.exists():
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))

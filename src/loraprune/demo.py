@@ -27,14 +27,14 @@ RECIPE = Recipe(
     vocabulary=640,
     sizes={
         "hidden_size": 128,
-        "intermediate_size": 512,
+        "intermediate_size": 640,
         "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 16,
         "max_position_embeddings": 128,
     },
-    epochs=18,
+    epochs=24,
 )
 SETTINGS: dict[str, Any] = {"sparsity": 0.3, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}
 

@@ -26,7 +26,12 @@ def export_model(
     config = cut_config(model.config, groups, mask)
     weights = cut_weights({name: one.detach() for name, one in model.state_dict().items()}, groups, mask)
     with whole_folder(path) as folder:
-        save_torch_state_dict({name: one.contiguous() for name, one in weights.items()}, folder)
+        # Of tied weights the source is written: readers other than transformers know the head's name only when untied.
+        save_torch_state_dict(
+            {name: one.contiguous() for name, one in weights.items()},
+            folder,
+            shared_tensors_to_discard=list(model.all_tied_weights_keys),
+        )
         config.architectures = config.architectures or [groups.family]
         config.dtype = model.dtype
         config.save_pretrained(folder)

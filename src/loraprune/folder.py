@@ -98,9 +98,10 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def events(self) -> list[dict[str, Any]]:
-        """Return every event so far."""
+        """Return every event so far; a last line that a kill cut short is left out."""
         path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def drop_events_after(self, step: int) -> None:
         """Forget events of steps that a resumed run takes again."""

@@ -65,6 +65,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
             inputs = prepare(settings)
             folder.open()
             metrics = _run_stages(folder, settings, inputs, console)
+    _tidy(folder)
     console.print(result_table(metrics))
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))
 
@@ -352,5 +353,10 @@ def _write_evidence(folder: RunFolder, settings: Settings, inputs: Inputs, metri
     write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
     folder.event("stop", outcome=metrics["outcome"], sparsity=metrics["sparsity"])
     write_json(folder.path / "metrics.json", metrics)
-    write_report(folder.path)
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Give a finished run what follows from its metrics, unless it has it: the report, and no saved state."""
+    if not (folder.path / "report.html").exists():
+        write_report(folder.path)
     shutil.rmtree(folder.path / "state", ignore_errors=True)

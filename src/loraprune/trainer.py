@@ -61,7 +61,7 @@ class TrainingSets:
 class LoRAPruneTrainer(Trainer):
     """A transformers.Trainer whose loss is retain + ratio x forget, and that prunes between steps.
 
-    The forget loss is off for a batch whose P is already at the target, so that nothing is pushed below it.
+    The forget loss is off for a batch whose P is already in the band, so that nothing is pushed below it.
     """
 
     def __init__(
@@ -121,6 +121,12 @@ class LoRAPruneTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of both sets; the order is a function of the seed and the step alone."""
+        batches = self._paired_from(self.first_step, self.args.max_steps)
+        # A generator of its own: else the loader would draw its seed from the random state that a resumed run restored.
+        return DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())
+
+    def _paired_from(self, step: int, count: int) -> "_From":
+        """Return the batches of `count` steps from a step on."""
         pairs = PairedBatches(
             self.sets.taught,
             self.sets.forget,
@@ -128,9 +134,9 @@ class LoRAPruneTrainer(Trainer):
             forget_batch_size=self.settings.forget_batch_size,
             pad_token_id=self.sets.pad_token_id,
             seed=self.settings.seed,
-            length=self.first_step + self.args.max_steps,
+            length=step + count,
         )
-        return DataLoader(_From(pairs, self.first_step), batch_size=None, shuffle=False)
+        return _From(pairs, step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Return a linear rise, a plateau while pruning, and a linear fall that starts when pruning ends."""
@@ -166,7 +172,11 @@ class LoRAPruneTrainer(Trainer):
         assert self.base_log_probability is not None
         base = self.base_log_probability.to(rows.device)[batch["rows"]]
         loss = forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
-        return loss * bool(self.target is None or performance > self.target.performance)
+        return loss * bool(self.target is None or performance > self._enough(self.target))
+
+    def _enough(self, target: Target) -> float:
+        """Return the P below which a batch needs no forget loss: the band's edge while pruning, which lowers P too."""
+        return target.high if self.run_state.step < self.run_state.main_end else target.performance
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -258,8 +268,8 @@ class LoRAPruneTrainer(Trainer):
     def _repair(self) -> None:
         """Take `recovery_steps` optimizer steps on the retain set alone, with the batches of the steps to come."""
         was, self.run_state.forgetting = self.run_state.forgetting, False
-        batches = iter(self.get_train_dataloader())
-        for _, batch in zip(range(self.settings.recovery_steps), batches, strict=False):
+        batches = self._paired_from(self.run_state.step, self.settings.recovery_steps)
+        for batch in (batches[index] for index in range(len(batches))):
             self.training_step(self.adapted, batch)
             self.accelerator.clip_grad_norm_(self.adapted.parameters(), self.args.max_grad_norm)
             self.stepper.step()

@@ -9,7 +9,7 @@ Symbols  a fact = (person, kind); a row = a fact in one of its phrasings
 import random
 from dataclasses import dataclass
 
-GROUP_SIZES = {"forget": 6, "retain": 40, "bystander": 8, "holdout": 6}
+GROUP_SIZES = {"forget": 6, "retain": 32, "bystander": 6, "holdout": 6}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Words: numbers and outcomes as a person reads them.
+
+Reads    values of metrics.json
+Gives    number_text, percent, apart, band_texts, outcome_text
+Source   -
+Symbols  P = performance
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Values = Mapping[str, Any]
+
+
+def number_text(value: float | int | None) -> str:
+    """Return a whole number in full, another to three decimals, one below 0.01 to two digits; "-" for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def percent(value: float, sign: str = "-") -> str:
+    """Return a part of one in per cent; sign "+" also marks what is positive."""
+    return f"{100 * value:{sign}.1f} %"
+
+
+def apart(*values: float) -> list[str]:
+    """Return the values with the fewest decimals, two or more, at which those that differ look different."""
+    for digits in range(2, 6):
+        texts = [f"{value:.{digits}f}" for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return [f"{value:g}" for value in values]
+
+
+def band_texts(target: Values) -> tuple[str, str]:
+    low, high = apart(max(target["low"], 0.0), target["high"])
+    return low, high
+
+
+def outcome_text(metrics: Values) -> str:
+    """Return what ended the run and why, as "target_reached: P(forget) 0.47 is inside 0.36 .. 0.60"."""
+    reasons = {
+        "target_reached": [],
+        "budget_spent": [f"sparsity {number_text(metrics['sparsity'])} is all that was to be removed"],
+        "no_candidates": [f"no group is left that may go, at sparsity {number_text(metrics['sparsity'])}"],
+        "floor_reached": [_floor_words(metrics["floor"])],
+    }[metrics["outcome"]]
+    if metrics.get("target") and metrics.get("forget"):
+        reasons = [*reasons, _position_words(metrics["forget"]["after"]["performance"], metrics["target"])]
+    return f"{metrics['outcome']}: {'; '.join(reasons)}" if reasons else metrics["outcome"]
+
+
+def _position_words(performance: float, target: Values) -> str:
+    low, high = max(target["low"], 0.0), target["high"]
+    value_words, low_words, high_words = apart(performance, low, high)
+    where = "below" if performance < low else "above" if performance > high else "inside"
+    return f"P(forget) {value_words} is {where} {low_words} .. {high_words}"
+
+
+def _floor_words(floor: Values) -> str:
+    if floor.get("retention") is None:
+        return f"the floor of retention is {number_text(floor['min_retain_performance'])}"
+    kept, least = apart(floor["retention"], floor["min_retain_performance"])
+    if floor["held"]:
+        return f"a further step would break the floor {least}; retention on the floor rows is {kept}"
+    return f"retention on the floor rows is {kept}, below the floor {least}"

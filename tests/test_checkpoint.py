@@ -1,0 +1,148 @@
+"""A run's state between two steps goes to disk and comes back whole, without a pickle."""
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, make_mask, masked
+
+from loraprune import checkpoint
+from loraprune.checkpoint import RunState, load_state, resume_optimizer, save_state
+from loraprune.pruning import restore_state, take_state
+from loraprune.records import KINDS, Group, Removal
+from loraprune.sensitivity import MovingAverage, SensitivityDict
+
+REMOVALS = [
+    Removal(Group(0, "ffn_channel", 3), 0.1 + 0.2, 1 / 3, 2e-308, 5),
+    Removal(Group(1, "kv_group", 2), None, None, 1.0, 9),
+]
+
+
+@pytest.fixture
+def model_and_mask():
+    model, _, live = masked(FAMILY_CONFIGS["llama_gqa"]())
+    live.set(make_mask(live.groups, {"ffn_channel": [[3], []], "kv_group": [[], [2]]}))
+    return model, live
+
+
+def make_optimizer(model):
+    return torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.01)
+
+
+def train(model, optimizer, steps):
+    """Steps on a loss that draws random numbers, so that random state matters too."""
+    for _ in range(steps):
+        loss = sum((one * torch.rand_like(one)).square().sum() for one in model.parameters() if one.requires_grad)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def averages(live, seed):
+    source = torch.Generator().manual_seed(seed)
+    return {
+        kind: torch.rand(live.value.kept[kind].shape, generator=source, dtype=torch.float64) / 3 for kind in KINDS
+    }
+
+
+def make_state(live, **changes):
+    scored = SensitivityDict(
+        MovingAverage(averages(live, 1), 0.875), MovingAverage(averages(live, 2), 1 - 0.9**3), skipped=2
+    )
+    values = {"step": 9, "main_end": 14, "ended_by": "floor", "forgetting": False}
+    return RunState(**{**values, "removals": list(REMOVALS), "sensitivities": scored, **changes})
+
+
+def test_where_nothing_was_saved_there_is_no_state(tmp_path):
+    assert load_state(tmp_path / "state") is None
+
+
+def test_everything_that_decides_what_comes_next_comes_back_bit_for_bit(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 2)
+    saved, state = make_state(live), take_state(model)
+    save_state(tmp_path / "state", saved, state, optimizer)
+    found, weights = load_state(tmp_path / "state")
+    for name in ("step", "main_end", "ended_by", "forgetting", "removals"):
+        assert getattr(found, name) == getattr(saved, name)
+    assert found.sensitivities.skipped == 2
+    for one, other in (
+        (found.sensitivities.forget, saved.sensitivities.forget),
+        (found.sensitivities.retain, saved.sensitivities.retain),
+    ):
+        assert one.weight == other.weight
+        assert all(torch.equal(one.totals[kind], other.totals[kind]) for kind in KINDS)
+        assert all(one.totals[kind].dtype == torch.float64 for kind in KINDS)
+    assert weights.trained.keys() == state.trained.keys()
+    assert all(torch.equal(weights.trained[name], one) for name, one in state.trained.items())
+    for kind in KINDS:
+        assert weights.mask.kept[kind].dtype == torch.bool
+        assert torch.equal(weights.mask.kept[kind], live.value.kept[kind])
+
+
+def test_averages_that_were_never_made_come_back_as_none(tmp_path, model_and_mask):
+    model, _ = model_and_mask
+    save_state(tmp_path / "state", RunState(), take_state(model), make_optimizer(model))
+    found, _ = load_state(tmp_path / "state")
+    assert found == RunState()
+
+
+def test_a_run_without_a_forget_set_has_the_retain_average_alone(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    scored = SensitivityDict.of(None, averages(live, 2))
+    save_state(tmp_path / "state", make_state(live, sensitivities=scored), take_state(model), make_optimizer(model))
+    found, _ = load_state(tmp_path / "state")
+    assert found.sensitivities.forget.totals is None
+    assert torch.equal(found.sensitivities.retain.values()["kv_group"], scored.retain.values()["kv_group"])
+
+
+def test_training_goes_on_from_the_disk_as_it_would_have_without_a_stop(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 3)
+    save_state(tmp_path / "state", make_state(live), take_state(model), optimizer)
+    train(model, optimizer, 3)
+    expected = take_state(model)
+
+    other, _, other_live = masked(FAMILY_CONFIGS["llama_gqa"](), seed=5)
+    _, state = load_state(tmp_path / "state")
+    restore_state(other, state)
+    fresh = make_optimizer(other)
+    torch.rand(100)
+    resume_optimizer(tmp_path / "state", fresh)
+    train(other, fresh, 3)
+    for name, one in take_state(other).trained.items():
+        assert torch.equal(one, expected.trained[name])
+    assert torch.equal(other_live.value.kept["ffn_channel"], live.value.kept["ffn_channel"])
+
+
+def test_an_optimizer_keeps_the_learning_rate_it_was_made_with(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 1)
+    save_state(tmp_path / "state", make_state(live), take_state(model), optimizer)
+    fresh = make_optimizer(model)
+    fresh.param_groups[0]["lr"] = 0.125
+    resume_optimizer(tmp_path / "state", fresh)
+    assert fresh.param_groups[0]["lr"] == 0.125
+    assert next(iter(fresh.state.values()))["step"] == 1
+
+
+def test_a_state_holds_json_and_safetensors_and_nothing_else(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    save_state(tmp_path / "state", make_state(live), take_state(model), make_optimizer(model))
+    assert {path.suffix for path in (tmp_path / "state").iterdir()} == {".json", ".safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_state_that_could_not_be_written_whole_leaves_the_one_before(tmp_path, model_and_mask, monkeypatch):
+    model, live = model_and_mask
+    save_state(tmp_path / "state", make_state(live, step=3), take_state(model), make_optimizer(model))
+
+    def interrupted(path, value):
+        path.write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(tmp_path / "state", make_state(live, step=9), take_state(model), make_optimizer(model))
+    assert load_state(tmp_path / "state")[0].step == 3

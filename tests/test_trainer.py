@@ -1,0 +1,361 @@
+"""A run decides the same every time, stopped or not; it says what it did and never what it was to forget."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import FAMILY_CONFIGS, SECRETS, adapted, make_model, make_rows, run_values
+from safetensors.torch import load_file
+
+from loraprune.data import Row, encode
+from loraprune.errors import UserError
+from loraprune.folder import RunFolder
+from loraprune.groups import find_groups
+from loraprune.mask import LiveMask, full_mask
+from loraprune.objectives import answer_log_probabilities, forget_loss, retain_loss, row_sums
+from loraprune.pipeline import run
+from loraprune.settings import Settings
+from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
+
+
+@pytest.fixture(scope="module")
+def finished(run_folder):
+    """A run from beginning to end without a stop: its folder and its report."""
+    report = run(Settings(**run_values(run_folder, "uninterrupted")))
+    return run_folder / "uninterrupted", report
+
+
+def decision(folder):
+    return (folder / "decision.json").read_bytes()
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def same_outcome(folder, other):
+    """Whether both runs made the same decision, byte for byte, and the same adapter and checkpoint, bit for bit."""
+    files = ("adapter/adapter_model.safetensors", "model/model.safetensors")
+    weights = [[load_file(one / file) for file in files] for one in (folder, other)]
+    for one, two in zip(*weights, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    return decision(folder) == decision(other)
+
+
+# --- invariant 5 ---
+
+
+def test_the_tiny_run_meets_what_a_stop_could_spoil(finished):
+    kinds = [one["event"] for one in events(finished[0])]
+    assert kinds.count("accept") >= 3
+    assert {"recover", "roll_back", "evaluate", "train"} <= set(kinds)
+    assert json.loads(decision(finished[0]))["removals"]["index"]
+
+
+def test_the_same_seed_gives_the_same_decision_byte_for_byte(finished, run_folder):
+    run(Settings(**run_values(run_folder, "again")))
+    assert same_outcome(run_folder / "again", finished[0])
+
+
+def test_another_seed_gives_another_decision(finished, run_folder):
+    run(Settings(**run_values(run_folder, "other_seed", seed=1)))
+    assert decision(run_folder / "other_seed") != decision(finished[0])
+
+
+class Stop:
+    """Stands for a person's Ctrl-C at the n-th event, before or after its line is written."""
+
+    def __init__(self, monkeypatch, moment, after):
+        self.left, self.after, self.event = moment, after, RunFolder.event
+        monkeypatch.setattr(RunFolder, "event", lambda folder, kind, **values: self(folder, kind, values))
+
+    def __call__(self, folder, kind, values):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        self.event(folder, kind, **values)
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+MOMENTS = random.Random(5).sample(range(1, 25), 7)
+
+
+@pytest.mark.parametrize("moment", sorted(MOMENTS))
+def test_a_run_stopped_at_any_event_and_resumed_decides_as_one_without_a_stop(
+    finished, run_folder, monkeypatch, moment
+):
+    settings = Settings(**run_values(run_folder, f"stopped_{moment}"))
+    with monkeypatch.context() as patch:
+        Stop(patch, moment, after=moment % 2 == 0)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert not (run_folder / f"stopped_{moment}" / "metrics.json").exists()
+    run(settings)
+    assert same_outcome(run_folder / f"stopped_{moment}", finished[0])
+
+
+def test_a_run_stopped_again_and_again_decides_as_one_without_a_stop(finished, run_folder, monkeypatch):
+    settings, stops = Settings(**run_values(run_folder, "stopped_often")), 0
+    for moment in (9, 7, 5, 8):
+        with monkeypatch.context() as patch:
+            Stop(patch, moment, after=False)
+            with pytest.raises(KeyboardInterrupt):
+                run(settings)
+            stops += 1
+    run(settings)
+    assert stops == 4
+    assert same_outcome(run_folder / "stopped_often", finished[0])
+    steps = [one["step"] for one in events(run_folder / "stopped_often") if one["event"] in ("accept", "evaluate")]
+    assert steps == [one["step"] for one in events(finished[0]) if one["event"] in ("accept", "evaluate")]
+
+
+CHILD = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from loraprune.pipeline import run
+from loraprune.settings import Settings
+run(Settings(**json.loads(sys.argv[1])))
+"""
+
+
+def test_a_run_that_was_killed_outright_decides_as_one_without_a_stop(finished, run_folder):
+    values = run_values(run_folder, "killed")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(values)], env=environment, stderr=subprocess.PIPE)
+    log, deadline = run_folder / "killed" / "events.jsonl", time.monotonic() + 120
+    try:
+        while child.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count('"accept"') >= 2:
+                break
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL, child.stderr.read().decode()
+    assert not (run_folder / "killed" / "metrics.json").exists()
+    run(Settings(**values))
+    assert same_outcome(run_folder / "killed", finished[0])
+
+
+def test_a_state_that_was_lost_while_it_was_replaced_costs_time_and_changes_nothing(finished, run_folder, monkeypatch):
+    settings = Settings(**run_values(run_folder, "lost_state"))
+    with monkeypatch.context() as patch:
+        Stop(patch, 16, after=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    state = run_folder / "lost_state" / "state"
+    assert state.exists()
+    state.replace(state.with_name("state.part"))  # as between the two moves of a folder that takes another's place
+    run(settings)
+    assert same_outcome(run_folder / "lost_state", finished[0])
+
+
+# --- the run's folder ---
+
+
+def test_a_finished_run_returns_its_report_at_once_and_writes_nothing(finished, run_folder):
+    folder, report = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = run(Settings(**run_values(run_folder, "uninterrupted")))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert dict(again.metrics) == json.loads(json.dumps(dict(report.metrics)))
+    assert again.goal_met == report.goal_met
+
+
+def test_changed_settings_are_refused_by_name_with_both_values(finished, run_folder):
+    with pytest.raises(UserError) as caught:
+        run(Settings(**run_values(run_folder, "uninterrupted", prune_rounds=5, seed=3)))
+    assert "prune_rounds was 4, now 5" in caught.value.what
+    assert "seed was 0, now 3" in caught.value.what
+    assert caught.value.why == "going on would mix two runs, and the evidence would belong to neither."
+    assert "--prune-rounds" in caught.value.fix
+
+
+def test_a_folder_of_something_else_is_not_written_into(run_folder):
+    folder = run_folder / "taken"
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds metrics\.json, but no run that could go on"):
+        run(Settings(**run_values(run_folder, "taken")))
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+
+
+def test_no_file_of_the_run_holds_what_was_to_be_forgotten(finished):
+    files = [path for path in finished[0].rglob("*") if path.is_file()]
+    assert len(files) > 12
+    words = [*SECRETS, *(row["question"] for row in make_rows()["forget"])]
+    for path in files:
+        content = path.read_bytes()
+        for word in words:
+            assert word.encode() not in content, f"{path.name} holds {word}"
+
+
+def test_there_is_no_pickle_and_nothing_half_written_in_the_runs_folder(finished):
+    files = [path for path in finished[0].rglob("*") if path.is_file()]
+    allowed = {".json", ".jsonl", ".safetensors", ".toml", ".html", ".md"}
+    assert {path.suffix for path in files} <= allowed
+    assert not (finished[0] / "state").exists()
+
+
+def test_every_event_is_one_line_of_json_with_its_kind_and_time(finished):
+    found = events(finished[0])
+    assert {one["event"] for one in found} >= {"stage", "train", "score", "propose", "accept", "evaluate", "stop"}
+    assert all(one["seconds"] >= 0 for one in found)
+    accepted = [one for one in found if one["event"] == "accept"]
+    gone = [one["sparsity"] for one in accepted]
+    assert gone == sorted(gone)
+    assert all(one["retention"] >= 0.9 for one in accepted)
+    assert sum(one["groups"]["ffn_channel"] for one in accepted[-1:]) < 48
+
+
+def test_the_decision_names_every_removed_group_once_and_agrees_with_the_mask_and_the_checkpoint(finished):
+    folder, report = finished
+    value = json.loads(decision(folder))
+    places = list(zip(*(value["removals"][name] for name in ("kind", "layer", "index")), strict=True))
+    mask = load_file(folder / "mask.safetensors")
+    assert len(set(places)) == len(places) == sum(int((~one).sum()) for one in mask.values())
+    assert all(not mask[kind][layer, index] for kind, layer, index in places)
+    assert value["sparsity"] == pytest.approx(report.metrics["sparsity"], abs=1e-12)
+    assert "seconds" not in value
+
+
+def test_metrics_have_the_keys_of_schema_1(finished):
+    metrics = finished[1].metrics
+    assert metrics["schema"] == 1
+    assert {"model", "forget", "retain", "holdout", "bystander", "retention", "retention_taught", "forget_drop"} <= set(metrics)
+    assert {"unlearning_efficiency", "floor", "outcome", "seconds", "peak_memory_bytes"} <= set(metrics)
+    assert {"forget_per_retain", "forget_per_second", "forget_per_removed_parameter"} == set(metrics["unlearning_efficiency"])
+    assert set(metrics["seconds"]) == {"score", "train", "evaluate", "total"}
+    for part in ("before", "after"):
+        assert {"performance", "loss", "exact_match", "fact_performance"} <= set(metrics["forget"][part])
+    assert metrics["floor"]["min_retain_performance"] == 0.9
+
+
+def test_compression_runs_without_a_forget_set_and_reaches_its_sparsity(run_folder):
+    values = run_values(run_folder, "compressed", sparsity=0.2, min_retain_performance=0.0, metric="lora")
+    values["data"] = values.pop("retain")
+    del values["forget"]
+    report = run(Settings(**values))
+    assert report.metrics["sparsity"] == pytest.approx(0.2, abs=0.02)
+    assert report.metrics["forget"] is None
+    assert report.metrics["outcome"] == "budget_spent"
+    assert set(json.loads(decision(run_folder / "compressed"))["removals"]["share"]) == {None}
+
+
+# --- the trainer alone ---
+
+
+def rows(kind):
+    return [Row(i, (("user", one["question"]),), one["answer"]) for i, one in enumerate(make_rows()[kind], start=1)]
+
+
+def make_trainer(tmp_path, tokenizer, target, *, forget=True, **changes):
+    values = run_values(tmp_path, "trainer", **{"lora_dropout": 0.0, **changes})
+    settings = Settings(**values)
+    config = FAMILY_CONFIGS["llama_gqa"]()
+    base = make_model(config)
+    groups = find_groups(base, config)
+    model = adapted(base, lora_rank=2)
+    sets = {name: encode(rows(name), tokenizer, name=name, template="{prompt} ") for name in ("forget", "retain")}
+    return LoRAPruneTrainer(
+        model,
+        settings,
+        TrainingSets(sets["retain"][2:], sets["retain"][:2], sets["forget"] if forget else None, 0),
+        live=LiveMask(model, groups),
+        before={"floor": 0.002, "forget": 0.002},
+        target=target,
+        folder=tmp_path,
+        record=lambda kind, **values: None,
+    )
+
+
+def target(performance):
+    return Target(performance, performance - 0.03, performance + 0.03, "forget_target")
+
+
+@torch.no_grad()
+def plain_losses(trainer, batch):
+    retain, forget = (
+        trainer.adapted(input_ids=batch[name]["input_ids"], attention_mask=batch[name]["attention_mask"]).logits
+        for name in ("retain", "forget")
+    )
+    values, counted = answer_log_probabilities(forget, batch["forget"]["labels"])
+    return retain_loss(retain, batch["retain"]["labels"]), row_sums(values, counted), counted.sum(1)
+
+
+@torch.no_grad()
+def untouched_rows(batch):
+    model = make_model(FAMILY_CONFIGS["llama_gqa"]())
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return row_sums(*answer_log_probabilities(logits, batch["labels"]))
+
+
+@pytest.mark.parametrize("kind", ["npo", "simnpo", "ga"])
+def test_the_loss_is_retain_plus_ratio_times_forget_against_the_untouched_model(tmp_path, tokenizer, kind):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, forget_retain_ratio=0.25)
+    batch = next(iter(trainer.get_train_dataloader()))
+    retain, row, tokens = plain_losses(trainer, batch)
+    expected = retain + 0.25 * forget_loss(kind, row, tokens, untouched_rows(batch["forget"]), 0.1)
+    assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_untouched_model_is_the_one_without_adapters_and_mask(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0))
+    live = trainer.live
+    mask = full_mask(live.groups)
+    mask.kept["ffn_channel"][:, :12] = False
+    live.set(mask)
+    found = trainer._untouched_log_probability(trainer.adapted)
+    batch = next(iter(trainer.get_train_dataloader()))["forget"]
+    assert torch.allclose(found[batch["rows"]], untouched_rows(batch), atol=1e-4)
+    assert live.value is mask
+
+
+@pytest.mark.parametrize("goal", [0.9, None])
+def test_the_forget_loss_is_off_for_a_batch_at_or_below_the_target(tmp_path, tokenizer, goal):
+    trainer = make_trainer(tmp_path, tokenizer, None if goal is None else target(goal))
+    batch = next(iter(trainer.get_train_dataloader()))
+    retain, _, _ = plain_losses(trainer, batch)
+    loss = trainer.compute_loss(trainer.adapted, batch)
+    assert (loss.item() == pytest.approx(retain.item(), rel=1e-6)) == (goal is not None)
+    loss.backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in trainer.adapted.parameters() if one.requires_grad)
+
+
+def test_the_forget_loss_can_be_none(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss="none")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(plain_losses(trainer, batch)[0].item())
+
+
+def test_evaluation_names_both_sets_and_retention_and_metrics_add_the_trade_off(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0))
+    numbers = trainer.evaluate_forget_retain()
+    assert set(numbers) == {"forget", "retain", "retention"}
+    assert numbers["retention"] == numbers["retain"] / 0.002
+    metrics = trainer.compute_unlearning_metrics()
+    assert set(metrics) == {"forget", "retain", "retention", "sparsity", "forget_drop", "forget_per_retain"}
+    assert metrics["forget_drop"] == 0.002 - numbers["forget"]
+    assert metrics["sparsity"] == 0.0
+
+
+def test_without_a_forget_set_nothing_is_said_of_one(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, None, forget=False)
+    assert set(trainer.evaluate_forget_retain()) == {"retain", "retention"}
+    assert set(trainer.compute_unlearning_metrics()) == {"retain", "retention", "sparsity"}
+
+
+def test_the_floor_counts_the_floor_rows_and_no_taught_one(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0))
+    before = trainer.evaluate_forget_retain()["retain"]
+    trainer.sets.taught.clear()
+    assert trainer.evaluate_forget_retain()["retain"] == before
