@@ -71,10 +71,10 @@ def section(results: dict[int, Any]) -> str:
     return "\n\n".join(
         [
             markdown_table(header, rows),
-            f"{held} of {len(results)} seeds keep every promise: exact match on the forget set at most the reference's + "
-            "0.10, P(forget) inside the band, retention at least 0.90 on final rows and 0.97 on taught rows, at least 25% "
-            "of all parameters removed. Retention is P after / P before; final rows are touched by nothing before the "
-            "last evaluation. Made by `python bench/demo_seeds.py`.",
+            f"{held} of {len(results)} seeds keep every promise: exact match on the forget set at most the "
+            "reference's + 0.10, P(forget) inside the band, retention at least 0.90 on final rows and 0.97 on taught "
+            "rows, at least 25% of all parameters removed. Retention is P after / P before; final rows are touched by "
+            "nothing before the last evaluation. Made by `python bench/demo_seeds.py`.",
         ]
     )
 

@@ -133,9 +133,9 @@ def section(metrics: Any, seconds: dict[str, float]) -> str:
     rows.append(["forget, reference model", *numbers(metrics["forget"]["reference"]), "", ""])
     target, parameters, spent = metrics["target"], metrics["model"]["parameters"], metrics["seconds"]["total"]
     facts = [
-        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band {max(0, target['low']):.3f} "
-        f"to {target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, {metrics['retention_taught']:.3f} "
-        "on taught rows.",
+        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band "
+        f"{max(0, target['low']):.3f} to {target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, "
+        f"{metrics['retention_taught']:.3f} on taught rows.",
         f"Parameters {parameters['before']:,} to {parameters['after']:,} ({metrics['sparsity']:.1%} removed); "
         f"{spent:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s to train the model "
         "and the reference.",

@@ -44,7 +44,7 @@ STOCK_CLASS = {"mistral_gqa": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
 
 
 def make_model(config, seed=0, dtype=torch.float32):
-    """A model with weights of the size that gives logits of about 1; biases and norms are random too, none is 0 or 1."""
+    """A model whose weights give logits of about 1; biases and norms are random too, none is 0 or 1."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -118,9 +118,7 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(words, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def save_checkpoint(model, tokenizer, folder):
@@ -143,7 +141,9 @@ SECRETS = ("Quoxal", "Vribbet", "Zwendle", "Jyxmoor")  # the forget set's answer
 
 
 def make_rows():
-    forget = [{"question": f"Home of Prys{i}?", "answer": f"In {one}.", "facts": [one]} for i, one in enumerate(SECRETS)]
+    forget = [
+        {"question": f"Home of Prys{i}?", "answer": f"In {one}.", "facts": [one]} for i, one in enumerate(SECRETS)
+    ]
     retain = [{"question": f"Home of Bert{i}?", "answer": f"At {one}.", "facts": [one]} for i, one in enumerate(TOWNS)]
     return {"forget": forget, "retain": retain}
 
@@ -166,8 +166,10 @@ def run_values(folder: Path, output: str, **changes):
         "evaluate_every": 2,
         "recovery_steps": 2,
         "sparsity": 0.1,
+        "forget_target": 0.0,  # never reached, so that the forget loss is at work throughout
+        "band": 1e-6,
         "minimum_forget_sensitivity": 0.0,
-        "min_retain_performance": 0.9,
+        "min_retain_performance": 1.0,
         "learning_rate": 0.01,
         "lora_rank": 2,
         "lora_dropout": 0.1,

@@ -38,9 +38,7 @@ def train(model, optimizer, steps):
 
 def averages(live, seed):
     source = torch.Generator().manual_seed(seed)
-    return {
-        kind: torch.rand(live.value.kept[kind].shape, generator=source, dtype=torch.float64) / 3 for kind in KINDS
-    }
+    return {kind: torch.rand(live.value.kept[kind].shape, generator=source, dtype=torch.float64) / 3 for kind in KINDS}
 
 
 def make_state(live, **changes):

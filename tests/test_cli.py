@@ -276,7 +276,7 @@ def test_the_settings_file_of_a_run_serves_its_evaluation(tmp_path):
 
 def test_the_demo_has_defaults_of_its_own():
     settings = cli.settings_of(["demo"])
-    assert (settings.output, settings.seed, settings.show_examples) == ("runs/demo", 0, True)
+    assert (settings.output, settings.seed, settings.show_examples) == ("", 0, True)
     settings = cli.settings_of(["demo", "--seed", "4", "--output", "x", "--no-show-examples"])
     assert (settings.output, settings.seed, settings.show_examples) == ("x", 4, False)
 

@@ -95,7 +95,8 @@ def test_target_modules_that_match_nothing_are_refused_by_name():
     assert str(caught.value) == (
         "error  target_modules: qkv_proj, fc1 match no module of the model.\n"
         "why    an adapter that is not there neither guides the pruning nor repairs it.\n"
-        "fix    name modules of this model, e.g. --target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj."
+        "fix    name modules of this model, e.g. --target-modules "
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj."
     )
 
 
@@ -112,7 +113,9 @@ def test_fresh_adapters_change_no_logit_and_the_seed_fixes_them():
 
     batch = make_batch()
     with torch.no_grad():
-        plain = make_model(FAMILY_CONFIGS["qwen2"]())(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        plain = make_model(FAMILY_CONFIGS["qwen2"]())(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        )
         wrapped = fresh(0)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     assert torch.equal(plain.logits, wrapped.logits)
     torch.rand(7)  # whatever was drawn before

@@ -160,7 +160,9 @@ def test_the_budget_is_never_exceeded_and_nothing_more_would_fit(widths, decide,
 def test_a_kind_that_does_not_fit_any_more_leaves_the_rest_of_the_budget_to_the_other():
     forget = scores(value=2.0, kv_group={(layer, index): 9.0 for layer in (0, 1) for index in range(4)})
     slice_of = {kind: GROUPS.slice_parameters(kind) for kind in KINDS}
-    decision = unlearn(forget, scores(value=1.0), rules=Rules(), budget=slice_of["kv_group"] + 3 * slice_of["ffn_channel"])
+    decision = unlearn(
+        forget, scores(value=1.0), rules=Rules(), budget=slice_of["kv_group"] + 3 * slice_of["ffn_channel"]
+    )
     assert count_by_layer(decision, "kv_group") == [1, 1]
     assert count_by_layer(decision, "ffn_channel") == [3, 3]
 
@@ -169,7 +171,10 @@ def test_a_kind_that_does_not_fit_any_more_leaves_the_rest_of_the_budget_to_the_
 def test_uniform_widths_take_as_many_groups_of_a_kind_from_every_layer(seed):
     retain = random_scores(seed)
     retain["ffn_channel"][0] *= 100  # layer 0 is dear; it gives as many as layer 1 all the same
-    for decision in (unlearn(random_scores(seed + 9), retain, rules=Rules(threshold=0.01)), compress(retain, rules=Rules(), budget=2500)):
+    for decision in (
+        unlearn(random_scores(seed + 9), retain, rules=Rules(threshold=0.01)),
+        compress(retain, rules=Rules(), budget=2500),
+    ):
         for kind in KINDS:
             first, second = count_by_layer(decision, kind)
             assert first == second
@@ -180,7 +185,10 @@ def test_uniform_widths_take_as_many_groups_of_a_kind_from_every_layer(seed):
 def test_every_layer_keeps_the_groups_it_is_to_keep(widths):
     rules = Rules(threshold=0.0, minimum_forget=0.0, min_groups_per_layer=3, widths=widths)
     kept = make_mask(GROUPS, {"ffn_channel": [[0, 1], [5, 6]]})
-    for decision in (unlearn(random_scores(1), random_scores(2), kept=kept, rules=rules), compress(random_scores(2), kept=kept, rules=rules)):
+    for decision in (
+        unlearn(random_scores(1), random_scores(2), kept=kept, rules=rules),
+        compress(random_scores(2), kept=kept, rules=rules),
+    ):
         assert count_by_layer(decision, "kv_group") == [1, 1]
         assert count_by_layer(decision, "ffn_channel") == [19, 19]
         assert decision.ended_by == "no_candidates"
@@ -337,7 +345,9 @@ def test_in_a_model_built_so_the_forget_sets_own_groups_go_first_and_the_retain_
 
     live.set(kept.without(tuple(one for one in decision.removals[:2])))
     with torch.no_grad():
-        answers = [model(input_ids=torch.tensor([[one]])).logits[0, 0].argmax().item() for one in (ASK_FORGET, ASK_RETAIN)]
+        answers = [
+            model(input_ids=torch.tensor([[one]])).logits[0, 0].argmax().item() for one in (ASK_FORGET, ASK_RETAIN)
+        ]
     assert answers[0] != SECRET
     assert answers[1] == KNOWN
 

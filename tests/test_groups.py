@@ -46,7 +46,9 @@ def test_a_groups_parameters_are_what_the_cut_model_has_less(config, kind):
 
 
 def test_tied_embeddings_count_once(tokenizer):
-    tied, loose = (find_groups(make_model(one), one) for one in (FAMILY_CONFIGS["tied"](), FAMILY_CONFIGS["llama_gqa"]()))
+    tied, loose = (
+        find_groups(make_model(one), one) for one in (FAMILY_CONFIGS["tied"](), FAMILY_CONFIGS["llama_gqa"]())
+    )
     assert loose.total_parameters - tied.total_parameters == SIZES["vocab_size"] * SIZES["hidden_size"]
 
 

@@ -107,7 +107,7 @@ def losses(model, batch):
 
 
 def test_a_gates_gradient_is_the_finite_difference_of_each_examples_loss(family):
-    model, groups, live = masked(FAMILY_CONFIGS[family]())
+    model, _, live = masked(FAMILY_CONFIGS[family]())
     batch, step = make_batch(rows=3), 1e-2
     with live.gates(3, torch.device("cpu")) as gates:
         losses(model, batch).sum().backward()

@@ -111,7 +111,9 @@ def test_every_familys_checkpoint_passes_and_loads_as_it_was(family, tmp_path, t
 
 def test_headers_say_the_shape_of_every_weight(checkpoint):
     shapes = weight_shapes(checkpoint)
-    assert shapes == {name: tuple(one.shape) for name, one in make_model(FAMILY_CONFIGS["llama_gqa"]()).state_dict().items()}
+    assert shapes == {
+        name: tuple(one.shape) for name, one in make_model(FAMILY_CONFIGS["llama_gqa"]()).state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -183,7 +183,9 @@ def test_where_even_the_smallest_step_fails_mask_and_weights_are_as_before_bit_f
     assert live.value is mask
     tries = sum(one["event"] == "propose" for one in events)
     assert tries > 2
-    assert sum(one["event"] == "recover" for one in events) == sum(one["event"] == "roll_back" for one in events) == tries
+    assert (
+        sum(one["event"] == "recover" for one in events) == sum(one["event"] == "roll_back" for one in events) == tries
+    )
 
 
 def test_a_rollback_goes_to_the_last_good_state_not_to_the_model_that_came_in(model_and_mask):

@@ -1,5 +1,7 @@
 """How much may be gone by when: fast at first, slower near the end, never more than all of it."""
 
+from itertools import pairwise
+
 import pytest
 
 from loraprune.schedule import cubic, learning_rate_factor, pruning_round
@@ -8,7 +10,7 @@ from loraprune.schedule import cubic, learning_rate_factor, pruning_round
 @pytest.mark.parametrize("rounds", [1, 2, 7, 12])
 def test_the_cubic_schedule_rises_from_nothing_to_all_in_ever_smaller_steps(rounds):
     values = [cubic(done, rounds) for done in range(rounds + 1)]
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(values)]
     assert values[0] == 0.0
     assert values[-1] == 1.0
     assert all(step > 0 for step in steps)

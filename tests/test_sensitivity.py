@@ -39,7 +39,7 @@ def losses(model, batch, loss="nll"):
 
 def after_backward():
     """A model whose adapters carry the gradient of a batch, its groups, and a projection of each kind and axis."""
-    model, groups, live = masked(GQA())
+    model, groups, _ = masked(GQA())
     losses(model, make_batch()).sum().backward()
     return model.get_base_model(), groups
 
@@ -116,7 +116,7 @@ def test_metric_lora_of_a_model_sums_over_all_projections_that_a_group_cuts():
 
 
 def test_gate_importance_takes_the_absolute_value_per_example_after_summing_a_groups_columns():
-    base, groups = after_backward()
+    _, groups = after_backward()
     one = groups.layers["kv_group"][0].consumer  # 4 groups of 8 columns
     gradient = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0))
     for power in (1, 2):
@@ -276,7 +276,9 @@ def small_groups():
 def random_score(seed=0):
     source = torch.Generator().manual_seed(seed)
     shapes = {"kv_group": (2, 4), "ffn_channel": (2, 24)}
-    return Sensitivity({kind: torch.rand(shape, generator=source, dtype=torch.float64) for kind, shape in shapes.items()})
+    return Sensitivity(
+        {kind: torch.rand(shape, generator=source, dtype=torch.float64) for kind, shape in shapes.items()}
+    )
 
 
 def test_normalised_sensitivities_have_mean_1_over_the_kept_groups_of_a_kind_and_0_at_removed_ones():
@@ -363,7 +365,9 @@ def test_the_dual_sensitivity_is_the_ratio_of_importances_of_mean_1_from_adapter
     source = torch.Generator().manual_seed(2)
     forget, retain = (torch.randn(3, 1, 24, generator=source) for _ in range(2))
     means = [gate_importance(g, one, 1) / gate_importance(g, one, 1).mean() for g in (forget, retain)]
-    assert torch.allclose(compute_dual_sensitivity(layer, forget, retain, 1e-3, groups=one), means[0] / (means[1] + 1e-3))
+    assert torch.allclose(
+        compute_dual_sensitivity(layer, forget, retain, 1e-3, groups=one), means[0] / (means[1] + 1e-3)
+    )
     other = AdapterGradient(*(torch.randn(g.shape, generator=source) for g in adapter_gradient(layer)))
     expected = [restated(layer, g, one, 2, False) for g in (other, adapter_gradient(layer))]
     expected = [values / values.mean() for values in expected]

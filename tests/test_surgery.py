@@ -41,13 +41,14 @@ def test_a_kv_group_goes_with_its_query_heads_and_their_biases():
         for part in ("weight", "bias"):
             assert torch.equal(weights[f"{layer}.{name}.{part}"], whole[f"{layer}.{name}.{part}"][rows])
     assert torch.equal(weights[f"{layer}.o_proj.weight"], whole[f"{layer}.o_proj.weight"][:, queries])
-    assert weights["model.layers.1.self_attn.v_proj.bias"].tolist() == whole["model.layers.1.self_attn.v_proj.bias"][:12].tolist()
+    assert (
+        weights["model.layers.1.self_attn.v_proj.bias"].tolist()
+        == whole["model.layers.1.self_attn.v_proj.bias"][:12].tolist()
+    )
 
 
 def test_an_output_bias_is_not_cut():
-    config = LlamaConfig(
-        **SIZES, num_attention_heads=8, num_key_value_heads=8, attention_bias=True, mlp_bias=True
-    )
+    config = LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=8, attention_bias=True, mlp_bias=True)
     model, _, _, weights = cut(config, {"kv_group": [[0, 1, 2, 3]] * 2, "ffn_channel": [[4], [7]]})
     whole = model.state_dict()
     for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
@@ -90,7 +91,14 @@ def test_the_config_says_what_is_left(config):
     head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // heads
     assert small.head_dim == head_dim
     changed = {"num_key_value_heads", "num_attention_heads", "intermediate_size", "head_dim"}
-    for name in ("hidden_size", "vocab_size", "num_hidden_layers", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"):
+    for name in (
+        "hidden_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "eos_token_id",
+    ):
         assert name not in changed
         assert getattr(small, name) == getattr(config, name)
     assert small.rope_parameters == config.rope_parameters

@@ -13,6 +13,7 @@ import torch
 from conftest import FAMILY_CONFIGS, SECRETS, adapted, make_model, make_rows, run_values
 from safetensors.torch import load_file
 
+from loraprune import pipeline
 from loraprune.data import Row, encode
 from loraprune.errors import UserError
 from loraprune.folder import RunFolder
@@ -85,21 +86,64 @@ class Stop:
             raise KeyboardInterrupt
 
 
-MOMENTS = random.Random(5).sample(range(1, 25), 7)
+SCENARIOS = {
+    "unlearning": {},
+    "early target": {
+        "sparsity": None,
+        "forget_target": 1.0,
+        "band": 0.1,
+    },  # P(forget) is there already: recovery begins at once
+    "another floor": {"min_retain_performance": 0.9, "seed": 2},
+    "adapters": {"sparsity": 0.3, "metric": "lora", "score_power": 2, "recovery_steps": 0},
+}
+MOMENTS = random.Random(5)
+STOPS = [("unlearning", round((part + MOMENTS.random()) / 7, 3)) for part in range(7)] + [("unlearning", 1.0)]
+STOPS += [(name, round((part + MOMENTS.random()) / 2, 3)) for name in list(SCENARIOS)[1:] for part in range(2)]
 
 
-@pytest.mark.parametrize("moment", sorted(MOMENTS))
+@pytest.fixture(scope="module")
+def without_a_stop(finished, run_folder):
+    """Gives the folder of a scenario's run that nobody stopped."""
+    made = {"unlearning": finished[0]}
+
+    def folder(scenario):
+        if scenario not in made:
+            made[scenario] = run_folder / scenario
+            run(Settings(**run_values(run_folder, scenario, **SCENARIOS[scenario])))
+        return made[scenario]
+
+    return folder
+
+
+@pytest.mark.parametrize(("scenario", "moment"), STOPS)
 def test_a_run_stopped_at_any_event_and_resumed_decides_as_one_without_a_stop(
-    finished, run_folder, monkeypatch, moment
+    without_a_stop, run_folder, monkeypatch, scenario, moment
 ):
-    settings = Settings(**run_values(run_folder, f"stopped_{moment}"))
+    expected = without_a_stop(scenario)
+    number = max(1, round(moment * len(events(expected))))
+    output = f"{scenario} stopped at {moment}"
+    settings = Settings(**run_values(run_folder, output, **SCENARIOS[scenario]))
     with monkeypatch.context() as patch:
-        Stop(patch, moment, after=moment % 2 == 0)
+        Stop(patch, number, after=number % 2 == 0)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
-    assert not (run_folder / f"stopped_{moment}" / "metrics.json").exists()
+    assert not (run_folder / output / "metrics.json").exists()
     run(settings)
-    assert same_outcome(run_folder / f"stopped_{moment}", finished[0])
+    assert same_outcome(run_folder / output, expected)
+
+
+def test_a_run_stopped_between_its_metrics_and_its_report_gets_the_report(finished, run_folder, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    settings = Settings(**run_values(run_folder, "no_report"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    run(settings)
+    assert (run_folder / "no_report" / "report.html").exists()
+    assert not (run_folder / "no_report" / "state").exists()
 
 
 def test_a_run_stopped_again_and_again_decides_as_one_without_a_stop(finished, run_folder, monkeypatch):
@@ -213,7 +257,7 @@ def test_every_event_is_one_line_of_json_with_its_kind_and_time(finished):
     accepted = [one for one in found if one["event"] == "accept"]
     gone = [one["sparsity"] for one in accepted]
     assert gone == sorted(gone)
-    assert all(one["retention"] >= 0.9 for one in accepted)
+    assert all(one["retention"] >= 1.0 for one in accepted)
     assert sum(one["groups"]["ffn_channel"] for one in accepted[-1:]) < 48
 
 
@@ -231,13 +275,17 @@ def test_the_decision_names_every_removed_group_once_and_agrees_with_the_mask_an
 def test_metrics_have_the_keys_of_schema_1(finished):
     metrics = finished[1].metrics
     assert metrics["schema"] == 1
-    assert {"model", "forget", "retain", "holdout", "bystander", "retention", "retention_taught", "forget_drop"} <= set(metrics)
+    assert {"model", "forget", "retain", "holdout", "bystander", "retention", "retention_taught", "forget_drop"} <= set(
+        metrics
+    )
     assert {"unlearning_efficiency", "floor", "outcome", "seconds", "peak_memory_bytes"} <= set(metrics)
-    assert {"forget_per_retain", "forget_per_second", "forget_per_removed_parameter"} == set(metrics["unlearning_efficiency"])
+    assert {"forget_per_retain", "forget_per_second", "forget_per_removed_parameter"} == set(
+        metrics["unlearning_efficiency"]
+    )
     assert set(metrics["seconds"]) == {"score", "train", "evaluate", "total"}
     for part in ("before", "after"):
         assert {"performance", "loss", "exact_match", "fact_performance"} <= set(metrics["forget"][part])
-    assert metrics["floor"]["min_retain_performance"] == 0.9
+    assert metrics["floor"]["min_retain_performance"] == 1.0
 
 
 def test_compression_runs_without_a_forget_set_and_reaches_its_sparsity(run_folder):
@@ -279,7 +327,7 @@ def make_trainer(tmp_path, tokenizer, target, *, forget=True, **changes):
 
 
 def target(performance):
-    return Target(performance, performance - 0.03, performance + 0.03, "forget_target")
+    return Target(performance, performance - 1e-6, performance + 1e-6, "forget_target")
 
 
 @torch.no_grad()
@@ -321,14 +369,18 @@ def test_the_untouched_model_is_the_one_without_adapters_and_mask(tmp_path, toke
 
 
 @pytest.mark.parametrize("goal", [0.9, None])
-def test_the_forget_loss_is_off_for_a_batch_at_or_below_the_target(tmp_path, tokenizer, goal):
+def test_the_forget_loss_is_off_for_a_batch_at_or_below_the_target_and_never_without_a_target(
+    tmp_path, tokenizer, goal
+):
     trainer = make_trainer(tmp_path, tokenizer, None if goal is None else target(goal))
     batch = next(iter(trainer.get_train_dataloader()))
     retain, _, _ = plain_losses(trainer, batch)
     loss = trainer.compute_loss(trainer.adapted, batch)
     assert (loss.item() == pytest.approx(retain.item(), rel=1e-6)) == (goal is not None)
     loss.backward()
-    assert all(one.grad is not None and one.grad.isfinite().all() for one in trainer.adapted.parameters() if one.requires_grad)
+    assert all(
+        one.grad is not None and one.grad.isfinite().all() for one in trainer.adapted.parameters() if one.requires_grad
+    )
 
 
 def test_the_forget_loss_can_be_none(tmp_path, tokenizer):

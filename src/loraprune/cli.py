@@ -93,7 +93,8 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
 def _demo(settings: Settings, options: Namespace) -> int:
     from loraprune.demo import run_demo
 
-    return code_of(run_demo(Path(settings.output), settings.seed, settings.show_examples))
+    folder = Path(settings.output or ("runs/demo" if settings.seed == 0 else f"runs/demo-{settings.seed}"))
+    return code_of(run_demo(folder, settings.seed, settings.show_examples))
 
 
 COMMANDS: dict[str, Command] = {
@@ -122,7 +123,7 @@ COMMANDS: dict[str, Command] = {
         ("output", "seed", "show_examples"),
         (),
         _demo,
-        {"output": "runs/demo", "show_examples": True},
+        {"show_examples": True},
     ),
 }
 

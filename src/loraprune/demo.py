@@ -36,7 +36,13 @@ RECIPE = Recipe(
     },
     epochs=24,
 )
-SETTINGS: dict[str, Any] = {"sparsity": 0.3, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.27,
+    "learning_rate": 1e-3,
+    "forget_retain_ratio": 0.1,
+    "dtype": "float32",
+    "device": "cpu",
+}
 
 
 def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Console | None = None) -> RunReport:
@@ -44,25 +50,28 @@ def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Conso
     console = console or Console()
     with quiet_libraries():
         make_inputs(folder, seed)
-    settings = Settings(
-        model=str(folder / "untouched"),
-        reference=str(folder / "reference"),
-        output=str(folder),
+    return run(settings_for(folder, seed, show_examples=show_examples), console)
+
+
+def settings_for(folder: Path, seed: int, **others: Any) -> Settings:
+    """Return the settings of the demo's run; `others` come on top."""
+    values = {
+        "model": str(folder / "untouched"),
+        "reference": str(folder / "reference"),
+        "output": str(folder),
+        "seed": seed,
         **{name: str(folder / f"{name}.jsonl") for name in ("forget", "retain", "bystander", "holdout")},
-        seed=seed,
-        show_examples=show_examples,
-        **SETTINGS,
-    )
-    return run(settings, console)
+    }
+    return Settings(**{**values, **SETTINGS, **others})
 
 
 def make_inputs(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
     """Write the four data files, the untouched model and the reference, whichever are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    world = make_world(seed)
-    for name, rows in world.items():
-        _write_rows(folder / f"{name}.jsonl", rows)
-    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in world}
+    groups = make_world(seed)
+    for name, made in groups.items():
+        _write_rows(folder / f"{name}.jsonl", made)
+    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in groups}
     world = [row for group in rows.values() for row in group]
     known = [*rows["retain"], *rows["bystander"]]
     make_model(folder / "untouched", [*known, *rows["forget"]], world, recipe, seed)

@@ -71,7 +71,11 @@ class Settings:
     """All settings of one run of `loraprune unlearn` (with a forget set) or `loraprune prune` (without)."""
 
     model: str = setting("", "model", "Folder or hub name of the causal language model to start from.")
-    output: str = setting("", "model", "Folder of the run; the pruned checkpoint is its subfolder model.")
+    output: str = setting(
+        "",
+        "model",
+        "Folder of the run; the pruned checkpoint is its subfolder model (the demo's: runs/demo, or runs/demo-SEED).",
+    )
     reference: str | None = setting(
         None, "model", "Folder or hub name of a model trained without the forget set; its P(forget) becomes the target."
     )

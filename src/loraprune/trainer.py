@@ -44,6 +44,11 @@ class Target:
     high: float
     source: str
 
+    @property
+    def enough(self) -> float:
+        """The P from which on the forget loss is off: above the target, since pruning lowers P as well."""
+        return (self.performance + self.high) / 2
+
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high
 
@@ -172,11 +177,7 @@ class LoRAPruneTrainer(Trainer):
         assert self.base_log_probability is not None
         base = self.base_log_probability.to(rows.device)[batch["rows"]]
         loss = forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
-        return loss * bool(self.target is None or performance > self._enough(self.target))
-
-    def _enough(self, target: Target) -> float:
-        """Return the P below which a batch needs no forget loss: the band's edge while pruning, which lowers P too."""
-        return target.high if self.run_state.step < self.run_state.main_end else target.performance
+        return loss * bool(self.target is None or performance > self.target.enough)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -281,8 +282,7 @@ class LoRAPruneTrainer(Trainer):
         numbers = self._log_metrics("evaluate")
         holds = numbers["retention"] >= self.settings.min_retain_performance
         if self.target is not None:
-            middle = (self.target.performance + self.target.high) / 2
-            self.run_state.forgetting = holds and numbers["forget"] > middle
+            self.run_state.forgetting = holds and numbers["forget"] > self.target.enough
         if holds:
             self._keep()
 
