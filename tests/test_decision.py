@@ -59,6 +59,13 @@ def test_a_group_goes_only_when_its_share_is_above_the_threshold():
     assert gone(unlearn(forget, retain, rules=Rules(threshold=0.75, widths="per_layer"))) == []
 
 
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_a_share_that_equals_the_threshold_is_not_above_it(widths):
+    forget, retain = scores(value=1.0), scores(value=0.5)  # S = 1.0 / (0.5 + 0.5)
+    assert gone(unlearn(forget, retain, rules=Rules(threshold=0.5, epsilon=0.5, widths=widths))) == []
+    assert gone(unlearn(forget, retain, rules=Rules(threshold=0.499, epsilon=0.5, widths=widths)))
+
+
 def test_a_group_that_nobody_needs_forgets_nothing_and_stays():
     forget, retain = scores(ffn_channel={(0, 1): 0.09, (0, 2): 0.11}), scores(value=1e-9)
     assert gone(unlearn(forget, retain)) == [Group(0, "ffn_channel", 2)]

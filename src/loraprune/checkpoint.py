@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loraprune.folder import whole_folder, write_json
+from loraprune.folder import settled, whole_folder, write_json
 from loraprune.pruning import ModelState
 from loraprune.records import Group, Mask, Removal
 from loraprune.sensitivity import MovingAverage, SensitivityDict
@@ -39,7 +39,7 @@ def save_state(folder: Path, run_state: RunState, state: ModelState, optimizer: 
     """Write everything that a run needs to go on from here, whole or not at all."""
     with whole_folder(folder) as part:
         save_file({name: one.contiguous() for name, one in state.trained.items()}, part / "adapter.safetensors")
-        save_file(dict(state.mask.kept), part / "mask.safetensors")
+        save_file({**state.mask.kept}, part / "mask.safetensors")
         save_file(_average_tensors(run_state.sensitivities), part / "averages.safetensors")
         save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
         save_file(_random_states(), part / "random.safetensors")
@@ -48,7 +48,7 @@ def save_state(folder: Path, run_state: RunState, state: ModelState, optimizer: 
 
 def load_state(folder: Path) -> tuple[RunState, ModelState] | None:
     """Return where a run stood and the weights it had, None where nothing was saved; then `resume_optimizer`."""
-    if not folder.exists():
+    if not settled(folder).exists():
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     sensitivities = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))

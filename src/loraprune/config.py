@@ -36,7 +36,7 @@ class LoraConfig(peft.LoraConfig):
 
     def __post_init__(self) -> None:
         if self.target_modules is None:
-            self.target_modules = set(PROJECTIONS)
+            self.target_modules = list(PROJECTIONS)
         Settings(**{name: getattr(self, name) for name in UNLEARNING_FIELDS})  # checks the ranges
         super().__post_init__()
 

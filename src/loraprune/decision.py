@@ -102,13 +102,15 @@ def _queues(
     """Return the units of one kind, best first: one queue of slices, or a queue of single groups a layer."""
     left = kept.kept[kind].sum(1)
     spare = (left - rules.min_groups_per_layer).clamp(min=0).tolist()
+    units: list[list[tuple[GroupKind, tuple[Group, ...]]]]
     if rules.widths == "uniform":
         columns = [tuple(Group(layer, kind, int(i)) for layer, i in enumerate(order[:, j])) for j in range(min(spare))]
-        return [iter([(kind, members) for members in columns])]
-    return [
-        iter([(kind, (Group(layer, kind, int(i)),)) for i in order[layer, : spare[layer]]])
-        for layer in range(len(order))
-    ]
+        units = [[(kind, members) for members in columns]]
+    else:
+        units = [
+            [(kind, (Group(layer, kind, int(i)),)) for i in order[layer, : spare[layer]]] for layer in range(len(order))
+        ]
+    return [iter(one) for one in units]
 
 
 def _judged_unit(

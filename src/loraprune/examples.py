@@ -8,7 +8,7 @@ Symbols  -
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -58,5 +58,6 @@ def _answers(model: Any, rows: Sequence[Row], settings: Settings, inputs: Inputs
             do_sample=False,
             pad_token_id=pad_token_id(inputs.tokenizer),
         )
-        answers.append(inputs.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        text = inputs.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        answers.append(cast(str, text).strip())  # one row in, so no list
     return answers

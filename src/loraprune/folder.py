@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,20 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file or nothing; NaN is an error, since JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a whole JSON file or nothing, one top-level key a line; NaN is an error, since JSON has none."""
+    lines = [f" {json.dumps(name)}: {json.dumps(one, allow_nan=False)}" for name, one in value.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `path` when the block ends well, and vanishes otherwise."""
-    temporary = path.with_name(path.name + ".part")
+    """Give a temporary folder that takes the name `path` when the block ends well, and vanishes otherwise.
+
+    A kill at any moment leaves the old folder or the new one, under `path` or, between two renames, under the name
+    from which `settled` takes it back.
+    """
+    temporary, old = path.with_name(path.name + ".part"), _aside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -52,8 +57,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
     temporary.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settled(path: Path) -> Path:
+    """Return `path` after taking back what a kill left aside while the folder was replaced."""
+    if not path.exists() and _aside(path).exists():
+        _aside(path).replace(path)
+    return path
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
 
 
 class RunFolder:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
@@ -60,7 +61,7 @@ class LiveMask:
         _MASKS[model] = self
         self.groups = groups
         self.value = full_mask(groups)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._hooks: dict[tuple[GroupKind, int], _Hook] = {
             (kind, one.layer): _Hook(base.get_submodule(one.consumer.module), one.consumer)
             for kind in KINDS

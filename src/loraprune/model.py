@@ -7,7 +7,8 @@ Symbols  -
 """
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,19 @@ from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.groups import check_shapes, family_of
+from loraprune.groups import check_shapes, expected_shapes, family_of
 from loraprune.settings import Settings
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal inside this block: a stage has one bar."""
+    """Keep transformers' own bars and its notices to developers off the terminal inside this block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -43,6 +46,7 @@ def checked_config(name: str, settings: Settings) -> PretrainedConfig:
     config = _config(name, settings)
     family_of(config)
     check_shapes(config, weight_shapes(name))
+    refuse_missing_modules(settings, expected_shapes(config))
     return config
 
 
@@ -143,16 +147,15 @@ def device_of(settings: Settings) -> torch.device:
 
 def load_model(name: str, settings: Settings) -> Any:
     """Return a causal language model in eval mode on the run's device."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
     )
     return model.to(device_of(settings)).eval()
 
 
-def attach_lora(model: Any, settings: Settings) -> PeftModel:
-    """Return the model with fresh adapters on every target module; the same seed gives the same adapters."""
-    torch.manual_seed(settings.seed)
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+def refuse_missing_modules(settings: Settings, modules: Iterable[str]) -> None:
+    """Raise UserError when a target module is none of these modules, by the last part of its name."""
+    leaves = {name.rpartition(".")[2] for name in modules}
     missing = [name for name in settings.target_modules if name not in leaves]
     if missing:
         raise UserError(
@@ -160,6 +163,12 @@ def attach_lora(model: Any, settings: Settings) -> PeftModel:
             "an adapter that is not there neither guides the pruning nor repairs it.",
             f"name modules of this model, e.g. --target-modules {','.join(Settings.target_modules)}.",
         )
+
+
+def attach_lora(model: Any, settings: Settings) -> PeftModel:
+    """Return the model with fresh adapters on every target module; the same seed gives the same adapters."""
+    torch.manual_seed(settings.seed)
+    refuse_missing_modules(settings, (name for name, _ in model.named_modules()))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, lora_config(settings))

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from loraprune.checkpoint import RunState
 from loraprune.data import data_hash
 from loraprune.evaluate import measure
 from loraprune.examples import show_examples
@@ -42,7 +43,7 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.records import KINDS, Outcome, Removal, RunReport
+from loraprune.records import KINDS, Outcome, RunReport
 from loraprune.report import model_card, result_table, write_report
 from loraprune.settings import Settings, as_values
 from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
@@ -190,15 +191,17 @@ def _train_and_cut(
         folder.drop_events_after(trainer.first_step)
         trainer.run()
     state = trainer.run_state
-    _write_decision(folder, state.removals, state.ended_by, live)
+    _write_decision(folder, state, live)
     with whole_folder(folder.path / "adapter") as part:
-        model.save_pretrained(part)
+        model.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
     live.remove()
     export_model(model.merge_and_unload(), inputs.tokenizer, groups, live.value, folder.path / "model")
 
 
-def _write_decision(folder: RunFolder, removals: list[Removal], ended_by: str, live: LiveMask) -> None:
+def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
+    removals = state.removals
     columns: Values = {
         "layer": [one.group.layer for one in removals],
         "kind": [one.group.kind for one in removals],
@@ -211,7 +214,8 @@ def _write_decision(folder: RunFolder, removals: list[Removal], ended_by: str, l
     write_json(
         folder.path / "decision.json",
         {
-            "ended_by": ended_by,
+            "ended_by": state.ended_by,
+            "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "sparsity": live.value.sparsity(live.groups),
             "groups": groups,
             "kept_by_layer": kept,
@@ -219,7 +223,7 @@ def _write_decision(folder: RunFolder, removals: list[Removal], ended_by: str, l
         },
     )
     temporary = folder.path / "mask.safetensors.part"
-    save_file(dict(live.value.kept), temporary)
+    save_file({**live.value.kept}, temporary)
     temporary.replace(folder.path / "mask.safetensors")
 
 
@@ -317,7 +321,7 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
 def _seconds(folder: RunFolder) -> Values:
     """Return the seconds spent by kind of work, from the events; what a stopped start spent is not in them."""
     events = folder.events()
-    seconds = dict.fromkeys(("score", "train", "evaluate"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("score", "train", "evaluate"), 0.0)
     for one in events:
         if one["event"] == "stage":
             seconds[one["name"]] += one["duration"]
@@ -360,3 +364,6 @@ def _tidy(folder: RunFolder) -> None:
     if not (folder.path / "report.html").exists():
         write_report(folder.path)
     shutil.rmtree(folder.path / "state", ignore_errors=True)
+    logs = folder.path / "logs"
+    if logs.exists() and not any(logs.iterdir()):
+        logs.rmdir()

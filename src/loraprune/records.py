@@ -98,7 +98,7 @@ class Mask:
 
     def without(self, removed: "tuple[Removal, ...]") -> "Mask":
         """Return the mask with these groups removed as well."""
-        kept = {kind: one.clone() for kind, one in self.kept.items()}
+        kept: dict[GroupKind, Tensor] = {kind: one.clone() for kind, one in self.kept.items()}
         for one in removed:
             kept[one.group.kind][one.group.layer, one.group.index] = False
         return Mask(kept)

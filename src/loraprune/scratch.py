@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,14 +54,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 def make_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
     """Return a fresh Llama with tied embeddings; `sizes` are LlamaConfig's, and the seed fixes every weight."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    values: dict[str, Any] = {  # plain numbers, which the annotations of both classes do not say
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         **sizes,
-    )
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **values)
     return LlamaForCausalLM(config)
 
 
@@ -95,7 +94,7 @@ def learn_by_heart(
     model: LlamaForCausalLM, examples: Sequence[Example], recipe: Recipe, *, seed: int, title: str, folder: Path
 ) -> None:
     """Train all weights on the answers of the examples; AdamW, linear warm-up over 50 steps, cosine to zero."""
-    pad = model.config.pad_token_id
+    pad = cast(int, model.config.pad_token_id)  # `make_llama` sets it
     steps = recipe.epochs * math.ceil(len(examples) / recipe.batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder),

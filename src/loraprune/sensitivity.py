@@ -115,7 +115,7 @@ def gate_importance(
 def adapter_gradient(layer: LoraLayer) -> AdapterGradient:
     """Return the gradients that lie on a layer's one active adapter; raise ValueError when there are none."""
     name = _active_adapter(layer)
-    a, b = layer.lora_A[name].weight.grad, layer.lora_B[name].weight.grad
+    a, b = layer.lora_A[name].get_parameter("weight").grad, layer.lora_B[name].get_parameter("weight").grad
     if a is None or b is None:
         raise ValueError("the adapter has no gradients: metric lora is read after backward")
     return AdapterGradient(a, b)
@@ -126,7 +126,7 @@ def adapter_importance(
 ) -> Float[Tensor, " g"]:
     """Return the sum over a group's weights of |(gB A + B gA [- gB gA]) * (W + s B A)| ** power."""
     name = _active_adapter(layer)
-    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    a, b = layer.lora_A[name].get_parameter("weight").detach(), layer.lora_B[name].get_parameter("weight").detach()
     weight = dequantize_module_weight(layer.get_base_layer())
     total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], CHUNK_ROWS):
@@ -267,7 +267,7 @@ class MovingAverage:
 
     def advanced(self, new: Mapping[GroupKind, Tensor], beta: float) -> "MovingAverage":
         past = self.totals or {kind: torch.zeros_like(one) for kind, one in new.items()}
-        totals = {kind: beta * past[kind] + (1.0 - beta) * new[kind] for kind in new}
+        totals: dict[GroupKind, Tensor] = {kind: beta * past[kind] + (1.0 - beta) * new[kind] for kind in new}
         return MovingAverage(totals, beta * self.weight + (1.0 - beta))
 
 

@@ -12,9 +12,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loraprune.errors import UserError, nearest
+from loraprune.records import Metric, ScoreLoss
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -133,17 +134,17 @@ class Settings:
     retain_batch_size: int = setting(32, "data", "Rows of the retain set in one training step.", allowed=AT_LEAST_ONE)
     evaluate_batch_size: int = setting(64, "data", "Rows in one pass of scoring or evaluation.", allowed=AT_LEAST_ONE)
 
-    metric: str = setting(
+    metric: Metric = setting(  # noqa: RUF009  # a plain word
         "gate",
         "sensitivity",
         "How sensitivity is computed: from adapter gradients (lora) or from per-example gates (gate).",
-        allowed=("lora", "gate"),
+        allowed=get_args(Metric),
     )
-    score_loss: str = setting(
+    score_loss: ScoreLoss = setting(  # noqa: RUF009  # a plain word
         "log_odds",
         "sensitivity",
         "Which loss is scored; log_odds keeps a gradient on facts known by heart, nll does not.",
-        allowed=("nll", "log_odds"),
+        allowed=get_args(ScoreLoss),
     )
     score_rows: int = setting(
         256,
@@ -280,6 +281,8 @@ def flag(name: str) -> str:
 def kind_of(name: str) -> type:
     """Return what a setting holds: bool, int, float, str, tuple (of str) or dict (str to str); unset is left aside."""
     hint = get_type_hints(Settings)[name]
+    if get_origin(hint) is Literal:
+        return str
     if get_origin(hint) in (tuple, dict):
         return get_origin(hint)
     return next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))

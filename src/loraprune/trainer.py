@@ -62,6 +62,11 @@ class TrainingSets:
     forget: Sequence[Example] | None
     pad_token_id: int
 
+    def scored(self) -> list[tuple[DatasetType, Sequence[Example]]]:
+        """Return the sets whose sensitivities decide."""
+        sets: list[tuple[DatasetType, Sequence[Example]]] = [("retain", self.taught)]
+        return sets if self.forget is None else [*sets, ("forget", self.forget)]
+
 
 class LoRAPruneTrainer(Trainer):
     """A transformers.Trainer whose loss is retain + ratio x forget, and that prunes between steps.
@@ -102,7 +107,7 @@ class LoRAPruneTrainer(Trainer):
         with self.live.lifted(), model.disable_adapter():
             return answer_values(model, self.sets.forget, **self._pass()).log_probability.float()
 
-    def _pass(self) -> dict[str, int]:
+    def _pass(self) -> dict[str, Any]:
         return {"batch_size": self.settings.evaluate_batch_size, "pad_token_id": self.sets.pad_token_id}
 
     def run(self) -> None:
@@ -157,7 +162,7 @@ class LoRAPruneTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: Mapping[str, Mapping[str, Tensor]],
+        inputs: Mapping[str, Any],  # "retain", and "forget" when there is one: a batch each
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -197,24 +202,24 @@ class LoRAPruneTrainer(Trainer):
         return self._over
 
     def _prune(self, turn: int) -> None:
-        self._score("retain", self.sets.taught)
-        if self.sets.forget is not None:
-            self._score("forget", self.sets.forget)
+        finite = [self._score(name, one) for name, one in self.sets.scored()]
+        if not all(finite):
+            return
         state, settings, scored = self.run_state, self.settings, self.run_state.sensitivities
         goal = settings.sparsity or settings.max_sparsity
-        numbers = self.evaluate_forget_retain()
+        early = self._early_goal()
         decision = unlearning_prune(
             self.adapted,
             scored.forget.values() if self.sets.forget is not None else None,
             scored.retain.values(),
             settings.unlearning_threshold,
             settings.min_retain_performance,
-            retention=lambda: self.evaluate_forget_retain()["retention"],
+            retention=lambda: self._retention()[1],
             ratio=goal * cubic(turn, settings.prune_rounds),
             repair=self._repair if settings.recovery_steps else None,
             last_good=self.last_good,
-            forget_performance=numbers.get("forget"),
-            forget_goal=self._early_goal(),
+            forget_performance=None if early is None else self._forget_performance(),
+            forget_goal=early,
             rules=self.rules,
             step=state.step,
             record=self.record,
@@ -239,7 +244,8 @@ class LoRAPruneTrainer(Trainer):
         """Return the P(forget) at which pruning stops early: only when no sparsity was asked for."""
         return self.target.high if self.target is not None and self.settings.sparsity is None else None
 
-    def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> None:
+    def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> bool:
+        """Score one set and average the score in; return whether it was finite, else nothing is pruned at this step."""
         settings, state, begun = self.settings, self.run_state, monotonic()
         sample = _sample(examples, settings.score_rows, settings.seed)
         new = score_model(
@@ -258,6 +264,7 @@ class LoRAPruneTrainer(Trainer):
         where = [f"{kind} of layer {layer}" for kind, layer in broken]
         duration = round(monotonic() - begun, 3)
         self.record("score", step=state.step, set=dataset_type, rows=len(sample), non_finite=where, duration=duration)
+        return not broken
 
     def _batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         device = self.args.device
@@ -293,7 +300,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _finish(self) -> None:
         """Save the end; where it broke the floor, the last good state is the end."""
-        if self.evaluate_forget_retain()["retention"] < self.settings.min_retain_performance:
+        if self._retention()[1] < self.settings.min_retain_performance:
             restore_state(self.adapted, self.last_good)
             self.record("roll_back", step=self.run_state.step, sparsity=self.live.value.sparsity(self.live.groups))
         self._keep()
@@ -302,11 +309,20 @@ class LoRAPruneTrainer(Trainer):
 
     def evaluate_forget_retain(self) -> dict[str, float]:
         """Evaluate the model on both sets: retention on the floor rows, P on them, and P(forget) when there is one."""
-        floor = measure(self.adapted, self.sets.floor, **self._pass()).performance
-        numbers = {"retain": floor, "retention": retention(self.before["floor"], floor)}
+        floor, kept = self._retention()
+        numbers = {"retain": floor, "retention": kept}
         if self.sets.forget is not None:
-            numbers["forget"] = measure(self.adapted, self.sets.forget, **self._pass()).performance
+            numbers["forget"] = self._forget_performance()
         return numbers
+
+    def _retention(self) -> tuple[float, float]:
+        """Return P on the floor rows, and it over P before."""
+        floor = measure(self.adapted, self.sets.floor, **self._pass()).performance
+        return floor, retention(self.before["floor"], floor)
+
+    def _forget_performance(self) -> float:
+        assert self.sets.forget is not None
+        return measure(self.adapted, self.sets.forget, **self._pass()).performance
 
     def compute_unlearning_metrics(self) -> dict[str, float]:
         """Return progress and trade-off now: both performances, sparsity, drop on forget, what it cost on retain."""

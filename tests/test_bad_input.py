@@ -1,0 +1,159 @@
+"""Every mistake a user can make ends with exit code 2 and three lines, and leaves nothing behind."""
+
+import json
+import shutil
+
+import pytest
+
+from loraprune.cli import main
+
+
+@pytest.fixture
+def given(run_folder, tmp_path):
+    """A command line that would run; tests spoil one thing of it."""
+    for name in ("forget", "retain"):
+        shutil.copy(run_folder / f"{name}.jsonl", tmp_path)
+    return {
+        "model": str(run_folder / "checkpoint"),
+        "--forget": str(tmp_path / "forget.jsonl"),
+        "--retain": str(tmp_path / "retain.jsonl"),
+        "--output": str(tmp_path / "out"),
+    }
+
+
+def refusal(capsys, given, *more):
+    """Run `unlearn` and return the three lines; nothing else may be there afterwards."""
+    flags = [word for name, value in given.items() if name != "model" for word in (name, value)]
+    code = main(["unlearn", given["model"], *flags, *more])
+    printed = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in printed if line.startswith(("error  ", "why    ", "fix    "))]
+    assert code == 2
+    assert [line.split()[0] for line in lines] == ["error", "why", "fix"]
+    assert not any("Traceback" in line for line in printed)
+    return "\n".join(lines)
+
+
+def spoilt(tmp_path, run_folder, **changes):
+    """A copy of the checkpoint with other values in its config."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(run_folder / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_a_missing_file(capsys, given, tmp_path):
+    text = refusal(capsys, {**given, "--forget": str(tmp_path / "nowhere.jsonl")})
+    assert "nowhere.jsonl" in text and "--forget" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_malformed_line_is_named_by_its_number_and_its_text_is_not_shown(capsys, given, tmp_path):
+    with (tmp_path / "forget.jsonl").open("a") as file:
+        file.write('{"question": "whose secret", oops}\n')
+    number = len((tmp_path / "forget.jsonl").read_text().splitlines())
+    text = refusal(capsys, given)
+    assert f"line {number}" in text and "secret" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_column_with_the_nearest_name(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--columns", "prompt=qestion", "--columns", "answer=answer")
+    assert "qestion" in text and "question" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlap_names_the_rows_and_not_their_text(capsys, given, tmp_path):
+    rows = (tmp_path / "forget.jsonl").read_text().splitlines()
+    with (tmp_path / "retain.jsonl").open("a") as file:
+        file.write(rows[1] + "\n")
+    count = len((tmp_path / "retain.jsonl").read_text().splitlines())
+    text = refusal(capsys, given)
+    assert f"forget row 2 = retain row {count}" in text and "--allow-overlap" in text
+    assert json.loads(rows[1])["answer"] not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_set(capsys, given, tmp_path):
+    (tmp_path / "retain.jsonl").write_text("")
+    assert "--retain" in refusal(capsys, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_architecture(capsys, given, tmp_path, run_folder):
+    model = spoilt(tmp_path, run_folder, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"])
+    text = refusal(capsys, {**given, "model": model})
+    assert "GPTNeoXForCausalLM" in text and "LlamaForCausalLM" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_that_transformers_does_not_know(capsys, given, tmp_path, run_folder):
+    text = refusal(capsys, {**given, "model": spoilt(tmp_path, run_folder, model_type="strange")})
+    assert "strange" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_contradict_the_config(capsys, given, tmp_path, run_folder):
+    text = refusal(capsys, {**given, "model": spoilt(tmp_path, run_folder, intermediate_size=25)})
+    assert "LlamaForCausalLM" in text and "24 x 32" in text and "25 x 32" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_without_a_tokenizer(capsys, given, tmp_path, run_folder):
+    model = spoilt(tmp_path, run_folder)
+    for file in (tmp_path / "spoilt").glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in refusal(capsys, {**given, "model": model})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1"])
+def test_a_sparsity_outside_its_range(capsys, given, tmp_path, value):
+    text = refusal(capsys, given, "--sparsity", value)
+    assert "sparsity" in text and "(0, 1)" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sparsity_that_the_model_cannot_give(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--sparsity", "0.95")
+    assert "0.95" in text and "lower --sparsity" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["1.2", "-0.5"])
+def test_a_threshold_outside_its_range(capsys, given, tmp_path, value):
+    text = refusal(capsys, given, "--unlearning-threshold", value)
+    assert "unlearning_threshold" in text and "[0, 1]" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_setting_is_offered_the_nearest(capsys, given, tmp_path):
+    assert "--unlearning-threshold" in refusal(capsys, given, "--unlearning-treshold", "0.6")
+    config = tmp_path / "settings.toml"
+    config.write_text("sparcity = 0.3\n")
+    assert "did you mean sparsity?" in refusal(capsys, given, "--config", str(config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_target_modules_that_match_nothing(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--target-modules", "q_proj,fc1")
+    assert "fc1" in text and "q_proj,k_proj" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_run_of_other_settings_names_the_setting(capsys, given, tmp_path):
+    (tmp_path / "out").mkdir()
+    flags = {name.strip("-"): value for name, value in given.items() if name != "--output"}
+    config = "".join(f'{name} = "{value}"\n' for name, value in flags.items())
+    (tmp_path / "out" / "config.toml").write_text(f'{config}output = "{given["--output"]}"\nseed = 3\n')
+    before = (tmp_path / "out" / "config.toml").read_text()
+    text = refusal(capsys, given)
+    assert "seed was 3, now 0" in text and "--seed" in text
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["config.toml"]
+    assert (tmp_path / "out" / "config.toml").read_text() == before
+
+
+def test_a_folder_of_something_else_is_left_alone(capsys, given, tmp_path):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    assert "choose another --output" in refusal(capsys, given)
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["model"]
