@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ class RunFolder:
         write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one line to events.jsonl."""
-        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **values}
+        """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf"."""
+        told = {name: str(one) if isinstance(one, float) and not isfinite(one) else one for name, one in values.items()}
+        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **told}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -49,6 +49,7 @@ from loraprune.settings import Settings, as_values
 from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
 
 Values = dict[str, Any]
+SPARSITY_TOLERANCE = 0.005  # of all parameters: a slice may be too large for what is left of the budget
 
 
 def run(settings: Settings, console: Console | None = None) -> RunReport:
@@ -308,14 +309,16 @@ def _forget_metrics(before: Values, after: Values, target: Target, kept: float, 
 
 def _outcome(values: Values, settings: Settings, target: Target | None, decision: Values) -> Outcome:
     """Return what ended the run: the goal, or what stood in its way."""
-    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - 0.005
-    if decision["ended_by"] == "floor" or not values["floor"]["held"]:
+    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - SPARSITY_TOLERANCE
+    if not values["floor"]["held"]:
         return "floor_reached"
-    if not enough:
-        return "no_candidates"
-    if target is not None and target.holds(values["forget"]["after"]["performance"]):
+    if enough and target is None:
+        return "budget_spent"
+    if enough and target is not None and target.holds(values["forget"]["after"]["performance"]):
         return "target_reached"
-    return "no_candidates" if decision["ended_by"] == "no_candidates" else "budget_spent"
+    if decision["ended_by"] == "floor":
+        return "floor_reached"
+    return "no_candidates" if not enough or decision["ended_by"] == "no_candidates" else "budget_spent"
 
 
 def _seconds(folder: RunFolder) -> Values:

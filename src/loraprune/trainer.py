@@ -46,8 +46,8 @@ class Target:
 
     @property
     def enough(self) -> float:
-        """The P from which on the forget loss is off: above the target, since pruning lowers P as well."""
-        return (self.performance + self.high) / 2
+        """The P from which on the forget loss is off: well above the target, since pruning lowers P as well."""
+        return self.performance + 0.75 * (self.high - self.performance)
 
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high
