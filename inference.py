@@ -12,7 +12,7 @@ from typing import Any
 
 from loraprune.cli import COMMANDS, GOAL_MET, exit_code
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
-from prune import plan_parser, read, settings_of
+from loraprune.plan import plan_parser, read, settings_of
 
 Results = Mapping[str, Mapping[str, Any]]
 

@@ -19,6 +19,7 @@ PAGE = ROOT / "docs" / "results.md"
 def write_results(name: str, values: Any, section: str) -> None:
     """Write a bench's JSON and put its section, made of these very numbers, into the page."""
     path = ROOT / "bench" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -42,7 +42,6 @@ RECIPE = Recipe(
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.3,
     "learning_rate": 1e-3,
-    "forget_retain_ratio": 0.1,
     "dtype": "float32",
     "device": "cpu",
 }
@@ -101,7 +100,7 @@ def lines(path: Path) -> list[str]:
 def timed_model(path: Path, rows: Any, world: Any, seed: int) -> float:
     """Make a model where it is not cached; return the seconds that its training took."""
     clock = path.with_suffix(".json")
-    if not path.exists():
+    if not clock.exists():
         begun = time.monotonic()
         make_model(path, rows, world, RECIPE, seed)
         write_json(clock, {"seconds": round(time.monotonic() - begun, 1)})

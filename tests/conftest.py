@@ -171,6 +171,7 @@ def run_values(folder: Path, output: str, **changes):
         "minimum_forget_sensitivity": 0.0,
         "min_retain_performance": 1.0,
         "learning_rate": 0.01,
+        "forget_retain_ratio": 20.0,  # so that forgetting breaks the floor
         "lora_rank": 2,
         "lora_dropout": 0.1,
         **changes,

@@ -331,9 +331,9 @@ def test_the_module_runs_as_the_script_does():
 def plan(monkeypatch):
     """Return the script prune.py as a module."""
     monkeypatch.syspath_prepend(str(ROOT))
-    import prune
+    from loraprune import plan
 
-    return prune
+    return plan
 
 
 def test_the_plans_names_stand_for_settings(plan):

@@ -130,6 +130,9 @@ def test_weights_in_several_files_are_read_as_one(tmp_path, tokenizer):
     names = sorted(weights)
     for part, some in enumerate((names[::2], names[1::2])):
         save_file({name: weights[name] for name in some}, tmp_path / f"model-{part}.safetensors")
+    places = {name: f"model-{part}.safetensors" for part in (0, 1) for name in names[part::2]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({"stray": torch.zeros(1)}, tmp_path / "consolidated.safetensors")  # not in the index: not the model's
     assert checked_config(str(tmp_path), Settings(model=str(tmp_path))).num_hidden_layers == 2
 
 

@@ -8,7 +8,7 @@ Symbols  -
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from loraprune.folder import settled, whole_folder, write_json
 from loraprune.pruning import ModelState
-from loraprune.records import Group, Mask, Removal
+from loraprune.records import Mask, Removal, removal_columns, removals_from
 from loraprune.sensitivity import MovingAverage, SensitivityDict
 
 
@@ -32,6 +32,8 @@ class RunState:
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
     removals: list[Removal] = field(default_factory=list)
+    train_seconds: float = 0.0  # of all starts together, scoring included
+    score_seconds: float = 0.0
     sensitivities: SensitivityDict = field(default_factory=SensitivityDict)
 
 
@@ -52,7 +54,7 @@ def load_state(folder: Path) -> tuple[RunState, ModelState] | None:
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     sensitivities = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))
-    removals = [_removal(one) for one in values.pop("removals")]
+    removals = removals_from(values.pop("removals"))
     state = ModelState(Mask(load_file(folder / "mask.safetensors")), load_file(folder / "adapter.safetensors"))  # type: ignore[arg-type]
     return RunState(**values, removals=removals, sensitivities=sensitivities), state
 
@@ -106,10 +108,8 @@ def _run_values(run_state: RunState) -> dict[str, Any]:
         "main_end": run_state.main_end,
         "ended_by": run_state.ended_by,
         "forgetting": run_state.forgetting,
-        "removals": [asdict(removal) for removal in run_state.removals],
+        "train_seconds": run_state.train_seconds,
+        "score_seconds": run_state.score_seconds,
+        "removals": removal_columns(run_state.removals),
         "averages": {"forget": one.forget.weight, "retain": one.retain.weight, "skipped": one.skipped},
     }
-
-
-def _removal(values: dict[str, Any]) -> Removal:
-    return Removal(**{**values, "group": Group(**values["group"])})

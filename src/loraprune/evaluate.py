@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraprune.data import Example, batches_by_length, collate, encode, load_rows
-from loraprune.model import load_model, load_tokenizer, pad_token_id, quiet_libraries
-from loraprune.objectives import answer_log_probabilities, row_means, row_sums
+from loraprune.data import Example, batches_by_length, collate
+from loraprune.inputs import encode_set, load_set
+from loraprune.model import checked_config, load_model, load_tokenizer, pad_token_id, quiet_libraries
+from loraprune.objectives import answer_log_probabilities, logits_of, row_means, row_sums
 from loraprune.settings import Settings
 
 
@@ -67,7 +68,7 @@ def answer_values(
 
 
 def _batch_values(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = logits_of(model, batch)
     values, counted = answer_log_probabilities(logits, batch["labels"])
     right = logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
     facts = batch["facts"][:, 1:] & counted
@@ -77,9 +78,16 @@ def _batch_values(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, .
     )
 
 
-def measure(model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> Measured:
+def measure(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Measured:
     """Return the set's numbers under the model as it is now, mask and adapters included."""
-    return measured(answer_values(model, examples, batch_size=batch_size, pad_token_id=pad_token_id))
+    return measured(answer_values(model, examples, batch_size=batch_size, pad_token_id=pad_token_id, advance=advance))
 
 
 def measured(values: AnswerValues) -> Measured:
@@ -108,11 +116,11 @@ def evaluate_files(settings: Settings) -> dict[str, dict[str, float | int | None
 def _measure_files(
     model_name: str, names: Sequence[str], settings: Settings
 ) -> dict[str, dict[str, float | int | None]]:
+    checked_config(model_name, settings)
     tokenizer = load_tokenizer(model_name, settings)
-    sets = {}
-    for name in names:
-        rows = load_rows(getattr(settings, name), name=name, columns=settings.columns or None)
-        sets[name] = encode(rows, tokenizer, name=name, template=settings.template, max_length=settings.max_length)
+    sets = {
+        name: encode_set(load_set(settings, name, getattr(settings, name)), tokenizer, name, settings) for name in names
+    }
     model, pad = load_model(model_name, settings), pad_token_id(tokenizer)
     return {
         name: measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad).as_values()

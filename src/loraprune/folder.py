@@ -89,6 +89,8 @@ class RunFolder:
         config = self.path / "config.toml"
         if config.exists():
             self._refuse_changed(settings_from(tomllib.loads(config.read_text(encoding="utf-8"))))
+        elif self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file.", "a run is a folder.", "choose another --output.")
         elif found := [name for name in WRITTEN if (self.path / name).exists()]:
             raise UserError(
                 f"{self.path} holds {found[0]}, but no run that could go on.",

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from loraprune.data import Example, Overlap, Row, encode, find_overlap, load_rows, refuse_overlap, split_retain
 from loraprune.errors import UserError
-from loraprune.groups import prunable_parameters
-from loraprune.model import checked_config, load_tokenizer
+from loraprune.groups import expected_shapes, prunable_parameters
+from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
 from loraprune.settings import Settings, flag
 
 OPTIONAL_SETS = ("holdout", "bystander")
@@ -30,6 +30,7 @@ class Inputs:
     rows: Mapping[str, Sequence[Row]]
     examples: Mapping[str, Sequence[Example]]
     overlap: Overlap | None
+    forget_for_reference: Sequence[Example] | None
 
 
 def require(settings: Settings) -> None:
@@ -50,12 +51,24 @@ def require(settings: Settings) -> None:
 
 def prepare(settings: Settings) -> Inputs:
     """Return the checked and tokenised inputs of a run; raise UserError for the first thing that is wrong."""
+    check_machine(settings)
     config = checked_config(settings.model, settings)
+    refuse_missing_modules(settings, expected_shapes(config))
+    _refuse_unseen_kind(settings, config)
     _refuse_unreachable(settings, config)
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
-    return Inputs(config, tokenizer, rows, examples, overlap)
+    reference = _encode_for_reference(settings, rows)
+    return Inputs(config, tokenizer, rows, examples, overlap, reference)
+
+
+def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> list[Example] | None:
+    """Return the forget set under the reference's own tokenizer, once that model is known to be there."""
+    if settings.reference is None or "forget" not in rows:
+        return None
+    checked_config(settings.reference, settings)
+    return encode_set(rows["forget"], load_tokenizer(settings.reference, settings), "forget", settings)
 
 
 def encode_set(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings) -> list[Example]:
@@ -78,6 +91,9 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
         overlap = find_overlap(rows["forget"], kept)
         refuse_overlap(overlap, allow_overlap=settings.allow_overlap)
     rows |= _split(settings, kept)
+    for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
+        if source and "forget" in rows:
+            _refuse_shared(rows[name], rows["forget"], f"{name}-rows", "forget set")
     for name in OPTIONAL_SETS:
         if (source := getattr(settings, name)) is not None:
             rows[name] = load_set(settings, name, source)
@@ -95,7 +111,33 @@ def _split(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
         if source:
             parts["taught"] = [*parts["taught"], *parts.get(name, ())]
             parts[name] = load_set(settings, f"{name}-rows", source)
+            _refuse_shared(parts[name], parts["taught"], f"{name}-rows", "taught part of the retain set")
     return parts
+
+
+def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place: str) -> None:
+    """Refuse rows that should be withheld but are trained on, or that should be kept but are forgotten."""
+    if exact := find_overlap(rows, others).exact:
+        numbers = ", ".join(str(number) for number, _ in exact[:5])
+        raise UserError(
+            f"{len(exact)} of --{name} also stand in the {place}: row {numbers}{' ...' if len(exact) > 5 else ''}.",
+            "what is taught or forgotten cannot show what was kept.",
+            f"remove these rows from one of the two files, or leave --{name} out.",
+        )
+
+
+def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
+    """Refuse metric lora where no adapter lies on attention or on feed-forward: it would see nothing of them."""
+    if settings.metric != "lora":
+        return
+    for part in ("self_attn", "mlp"):
+        leaves = {name.rpartition(".")[2] for name in expected_shapes(config) if f".{part}." in name}
+        if not leaves & set(settings.target_modules):
+            raise UserError(
+                f"metric lora has no adapter on {' '.join(sorted(leaves))}.",
+                "it reads adapter gradients alone, so these groups would go in an arbitrary order.",
+                "name at least one of them in --target-modules, or set --metric gate.",
+            )
 
 
 def _refuse_unreachable(settings: Settings, config: Any) -> None:

@@ -7,6 +7,7 @@ Symbols  -
 """
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.groups import check_shapes, expected_shapes, family_of
+from loraprune.groups import check_shapes, family_of
 from loraprune.settings import Settings
 
 
@@ -45,8 +47,13 @@ def checked_config(name: str, settings: Settings) -> PretrainedConfig:
     """Return a checkpoint's config after comparing it with the weights' headers; nothing is loaded in full."""
     config = _config(name, settings)
     family_of(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"the weights of {name} are quantised.",
+            "a group is cut out of plain weights; cut ones of this format would not be the model's any more.",
+            "give the model it was quantised from, in bfloat16 or float32.",
+        )
     check_shapes(config, weight_shapes(name))
-    refuse_missing_modules(settings, expected_shapes(config))
     return config
 
 
@@ -61,7 +68,7 @@ def _config(name: str, settings: Settings) -> PretrainedConfig:
         ) from error
     except OSError as error:
         raise UserError(
-            f"there is no model {name}: {_first_line(error)}",
+            f"there is no model {name}.",
             "a model is a folder with config.json and *.safetensors, or a name on the hub.",
             "correct the path of the model.",
         ) from error
@@ -92,10 +99,12 @@ def _hub_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return a checkpoint's safetensors files; raise UserError when there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
         raise _no_safetensors(str(folder))
-    return files
+    return sorted({folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
 
 
 def _no_safetensors(name: str) -> UserError:
@@ -124,7 +133,7 @@ def load_tokenizer(name: str, settings: Settings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"{name} has no tokenizer that can be loaded: {_first_line(error)}",
+            f"{name} has no tokenizer that can be loaded.",
             "without the tokenizer the model was trained with, every number would be about other text.",
             "put tokenizer.json and tokenizer_config.json beside the weights.",
         ) from error
@@ -142,7 +151,21 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def device_of(settings: Settings) -> torch.device:
     if settings.device != "auto":
         return torch.device(settings.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_machine(settings: Settings) -> None:
+    """Raise UserError when the run asks for a device or a reporting tool that is not here."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and torch sees no GPU.", "the run cannot start there.", "set --device cpu.")
+    for name in settings.report_to:
+        if name not in get_available_reporting_integrations():
+            known = ", ".join(get_available_reporting_integrations()) or "none"
+            raise UserError(
+                f"report_to names {name}, which is not installed here; installed: {known}.",
+                "the metrics would go nowhere.",
+                f"install it (pip install {name}), or leave it out of --report-to.",
+            )
 
 
 def load_model(name: str, settings: Settings) -> Any:
@@ -157,9 +180,9 @@ def refuse_missing_modules(settings: Settings, modules: Iterable[str]) -> None:
     """Raise UserError when a target module is none of these modules, by the last part of its name."""
     leaves = {name.rpartition(".")[2] for name in modules}
     missing = [name for name in settings.target_modules if name not in leaves]
-    if missing:
+    if missing or not settings.target_modules:
         raise UserError(
-            f"target_modules: {', '.join(missing)} match no module of the model.",
+            f"target_modules: {', '.join(missing) or 'an empty list'} match no module of the model.",
             "an adapter that is not there neither guides the pruning nor repairs it.",
             f"name modules of this model, e.g. --target-modules {','.join(Settings.target_modules)}.",
         )

@@ -6,28 +6,40 @@ Source   NPO, arXiv 2404.05868, eq. 3; SimNPO, arXiv 2410.07163, eq. 4; gradient
 Symbols  counted = which tokens are answers, (batch, length - 1): position t predicts token t + 1
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 IGNORED = -100
 
 
-def _targets(labels: Int[Tensor, "batch length"]) -> tuple[Tensor, Tensor]:
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch length vocabulary"]:
+    """Return a model's logits for a batch; no cache is kept, since nothing is generated."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 logits and labels of the answer tokens alone, (n, vocabulary) and (n,), and where they are."""
     shifted = labels[:, 1:]
     counted = shifted != IGNORED
-    return shifted.masked_fill(~counted, 0), counted
+    return logits[:, :-1][counted].float(), shifted[counted], counted
+
+
+def _back(values: Float[Tensor, " n"], counted: Bool[Tensor, "batch places"]) -> Float[Tensor, "batch places"]:
+    """Return the answer tokens' values at their places, 0 elsewhere."""
+    return torch.zeros(counted.shape, device=values.device).masked_scatter(counted, values)
 
 
 def answer_log_probabilities(
     logits: Float[Tensor, "batch length vocabulary"], labels: Int[Tensor, "batch length"]
 ) -> tuple[Float[Tensor, "batch length-1"], Bool[Tensor, "batch length-1"]]:
     """Return log p of every answer token, in float32, and where they are."""
-    targets, counted = _targets(labels)
-    logits = logits[:, :-1].float()
-    chosen = logits.gather(-1, targets[..., None])[..., 0]
-    return chosen - logits.logsumexp(-1), counted
+    answers, targets, counted = _answers(logits, labels)
+    chosen = answers.gather(-1, targets[:, None])[:, 0]
+    return _back(chosen - answers.logsumexp(-1), counted), counted
 
 
 def answer_log_odds(
@@ -37,11 +49,10 @@ def answer_log_odds(
 
     differs: not log p - log(1 - p), which is infinite once p rounds to 1.
     """
-    targets, counted = _targets(labels)
-    logits = logits[:, :-1].float()
-    chosen = logits.gather(-1, targets[..., None])
-    others = logits.scatter(-1, targets[..., None], -torch.inf).logsumexp(-1)
-    return chosen[..., 0] - others, counted
+    answers, targets, counted = _answers(logits, labels)
+    chosen = answers.gather(-1, targets[:, None])[:, 0]
+    others = answers.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
+    return _back(chosen - others, counted), counted
 
 
 def row_sums(values: Tensor, counted: Tensor) -> Float[Tensor, " batch"]:
@@ -67,11 +78,13 @@ def forget_loss(
 
     `row_log_probability` and `base_log_probability`, (batch,): log p of the whole answer now and under the untouched
     model; `tokens`, (batch,): the answer's length. ga is unbounded below; npo and simnpo flatten out.
+    differs: npo is divided by the batch's mean length, so that all three, like the retain loss, weigh a token as one.
     """
     if kind == "ga":
         return (row_log_probability / tokens).mean()
     if kind == "npo":
-        return -(2.0 / beta) * logsigmoid(-beta * (row_log_probability - base_log_probability)).mean()
+        losses = -(2.0 / beta) * logsigmoid(-beta * (row_log_probability - base_log_probability))
+        return losses.mean() / tokens.float().mean()
     if kind == "simnpo":
         return -(2.0 / beta) * logsigmoid(-beta * row_log_probability / tokens).mean()
     raise ValueError(f"forget loss {kind!r} is not one of ga, npo, simnpo")

@@ -10,7 +10,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from loraprune.checkpoint import RunState
-from loraprune.data import data_hash
+from loraprune.data import Example, data_hash
+from loraprune.errors import UserError
 from loraprune.evaluate import measure
 from loraprune.examples import show_examples
 from loraprune.export import export_model
 from loraprune.folder import RunFolder, whole_folder, write_json, write_text
 from loraprune.groups import find_groups
-from loraprune.inputs import Inputs, encode_set, prepare, require
+from loraprune.inputs import Inputs, prepare, require
 from loraprune.mask import LiveMask
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import (
@@ -43,13 +44,12 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.records import KINDS, Outcome, RunReport
+from loraprune.records import KINDS, Outcome, RunReport, removal_columns
 from loraprune.report import model_card, result_table, write_report
 from loraprune.settings import Settings, as_values
 from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
 
 Values = dict[str, Any]
-SPARSITY_TOLERANCE = 0.005  # of all parameters: a slice may be too large for what is left of the budget
 
 
 def run(settings: Settings, console: Console | None = None) -> RunReport:
@@ -62,29 +62,51 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     require(settings)
     folder = RunFolder(Path(settings.output), settings)
     folder.check()
-    if (metrics := folder.read("metrics.json")) is None:
-        with quiet_libraries():
-            inputs = prepare(settings)
+    with quiet_libraries():
+        inputs = prepare(settings)
+        _refuse_changed_inputs(folder, settings, inputs)
+        if (metrics := folder.read("metrics.json")) is None:
             folder.open()
             metrics = _run_stages(folder, settings, inputs, console)
-    _tidy(folder)
-    console.print(result_table(metrics))
+        _tidy(folder)
+        console.print(result_table(metrics))
+        if settings.show_examples:
+            show_examples(settings, inputs, folder.path / "model", console)
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))
 
 
 def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: Console) -> Values:
+    folder.stored("inputs.json", lambda: _hashes(settings, inputs))
     before = folder.stored("before.json", lambda: _evaluate_before(folder, settings, inputs))
     target = find_target(settings, before)
-    _say_target(target, settings, console)
+    _say_target(target, settings, before, console)
     _say_overlap(inputs, console)
     if not (folder.path / "model").exists():
         _train_and_cut(folder, settings, inputs, before, target)
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
     metrics = _metrics(folder, settings, before, after, target)
     _write_evidence(folder, settings, inputs, metrics)
-    if settings.show_examples:
-        show_examples(settings, inputs, folder.path / "model", console)
     return metrics
+
+
+def _hashes(settings: Settings, inputs: Inputs) -> Values:
+    data = {name: data_hash(rows) for name, rows in inputs.rows.items()}
+    return {"data_sha256": data, "weights_sha256": weights_hash(settings.model)}
+
+
+def _refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
+    """Raise UserError when the data or the weights are not those that the run in the folder began with."""
+    if (begun := folder.read("inputs.json")) is None:
+        return
+    now = _hashes(settings, inputs)
+    changed = [name for name, one in now["data_sha256"].items() if begun["data_sha256"].get(name) != one]
+    changed += ["model"] if begun["weights_sha256"] != now["weights_sha256"] else []
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: the content has changed since the run in {folder.path} began.",
+            "going on would mix two runs, and the evidence would belong to neither.",
+            "choose another --output, or bring the old content back.",
+        )
 
 
 @contextmanager
@@ -102,31 +124,27 @@ def _evaluate_before(folder: RunFolder, settings: Settings, inputs: Inputs) -> V
         model = load_model(settings.model, settings)
         values = _measure_sets(model, settings, inputs, "before")
         values["parameters"] = parameter_count(model)
-        if settings.reference is not None and "forget" in inputs.rows:
-            values["reference"] = _measure_reference(settings, inputs)
+        if inputs.forget_for_reference is not None:
+            values["reference"] = _measure_reference(settings, inputs.forget_for_reference)
     return values
 
 
 def _measure_sets(model: torch.nn.Module, settings: Settings, inputs: Inputs, when: str) -> Values:
     values: Values = {}
-    with stage(f"evaluate {when}", len(inputs.examples)) as advance:
+    size, pad = settings.evaluate_batch_size, pad_token_id(inputs.tokenizer)
+    with stage(f"evaluate {when}", sum(map(len, inputs.examples.values()))) as advance:
         for name, examples in inputs.examples.items():
-            numbers = measure(
-                model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad_token_id(inputs.tokenizer)
-            )
+            numbers = measure(model, examples, batch_size=size, pad_token_id=pad, advance=advance)
             values[name] = numbers.as_values()
-            advance(1, f"{name} {numbers.performance:.2f}")
+            advance(0, f"{name} {numbers.performance:.2f}")
     return values
 
 
-def _measure_reference(settings: Settings, inputs: Inputs) -> Values:
-    """Return the reference model's numbers on the forget set, read with its own tokenizer."""
+def _measure_reference(settings: Settings, examples: Sequence[Example]) -> Values:
+    """Return the reference model's numbers on the forget set."""
     assert settings.reference is not None
-    tokenizer = load_tokenizer(settings.reference, settings)
-    examples = encode_set(inputs.rows["forget"], tokenizer, "forget", settings)
-    model = load_model(settings.reference, settings)
-    batch_size = settings.evaluate_batch_size
-    return measure(model, examples, batch_size=batch_size, pad_token_id=pad_token_id(tokenizer)).as_values()
+    model, pad = load_model(settings.reference, settings), pad_token_id(load_tokenizer(settings.reference, settings))
+    return measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad).as_values()
 
 
 def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
@@ -145,7 +163,7 @@ def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
     return Target(value, value - half, value + half, source)
 
 
-def _say_target(target: Target | None, settings: Settings, console: Console) -> None:
+def _say_target(target: Target | None, settings: Settings, before: Mapping[str, Any], console: Console) -> None:
     if target is None:
         return
     meaning = {
@@ -157,6 +175,10 @@ def _say_target(target: Target | None, settings: Settings, console: Console) -> 
     console.print(
         f"target: P(forget) {target.performance:.3f} ({meaning}), band {max(target.low, 0):.3f} to {target.high:.3f}"
     )
+    if settings.forget_target is not None and target.source != "forget_target":
+        console.print(f"--forget-target is not used: the {target.source} gives a natural target")
+    if before["forget"]["performance"] <= target.high:
+        console.print(f"the untouched model is there already: P(forget) is {before['forget']['performance']:.3f}")
 
 
 def _say_overlap(inputs: Inputs, console: Console) -> None:
@@ -185,13 +207,13 @@ def _train_and_cut(
         pad_token_id(inputs.tokenizer),
     )
     known = {name: before[name]["performance"] for name in ("floor", "forget") if name in before}
-    with _timed(folder, "train"):
-        trainer = LoRAPruneTrainer(
-            model, settings, sets, live=live, before=known, target=target, folder=folder.path, record=folder.event
-        )
-        folder.drop_events_after(trainer.first_step)
-        trainer.run()
+    trainer = LoRAPruneTrainer(
+        model, settings, sets, live=live, before=known, target=target, folder=folder.path, record=folder.event
+    )
+    folder.drop_events_after(trainer.first_step)
+    trainer.run()
     state = trainer.run_state
+    folder.event("stage", name="train", duration=state.train_seconds, score=state.score_seconds)
     _write_decision(folder, state, live)
     with whole_folder(folder.path / "adapter") as part:
         model.save_pretrained(str(part))
@@ -202,12 +224,6 @@ def _train_and_cut(
 
 def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
-    removals = state.removals
-    columns: Values = {
-        "layer": [one.group.layer for one in removals],
-        "kind": [one.group.kind for one in removals],
-        "index": [one.group.index for one in removals],
-    } | {name: [getattr(one, name) for one in removals] for name in ("share", "forget", "retain", "step")}
     kept = {kind: live.value.kept[kind].sum(1).tolist() for kind in KINDS}
     groups = {
         kind: {"before": sum(len(row) for row in live.value.kept[kind]), "after": sum(kept[kind])} for kind in KINDS
@@ -216,11 +232,12 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
         folder.path / "decision.json",
         {
             "ended_by": state.ended_by,
+            "smallest_step": min(map(live.groups.slice_parameters, KINDS)) / live.groups.total_parameters,
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "sparsity": live.value.sparsity(live.groups),
             "groups": groups,
             "kept_by_layer": kept,
-            "removals": columns,
+            "removals": removal_columns(state.removals),
         },
     )
     temporary = folder.path / "mask.safetensors.part"
@@ -263,7 +280,11 @@ def _metrics(folder: RunFolder, settings: Settings, before: Values, after: Value
             "class": after["class"],
         },
         "sparsity": sparsity,
+        "sparsity_goal": settings.sparsity,
+        "scores_left_out": decision["scores_left_out"],
         "forget": None,
+        "forget_drop": None,
+        "unlearning_efficiency": None,
         "retain": {"before": before["final"], "after": after["final"]},
         "retain_taught": {"before": before["taught"], "after": after["taught"]},
         "holdout": _pair("holdout", before, after),
@@ -309,7 +330,7 @@ def _forget_metrics(before: Values, after: Values, target: Target, kept: float, 
 
 def _outcome(values: Values, settings: Settings, target: Target | None, decision: Values) -> Outcome:
     """Return what ended the run: the goal, or what stood in its way."""
-    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - SPARSITY_TOLERANCE
+    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
     if not values["floor"]["held"]:
         return "floor_reached"
     if enough and target is None:
@@ -322,15 +343,16 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
 
 
 def _seconds(folder: RunFolder) -> Values:
-    """Return the seconds spent by kind of work, from the events; what a stopped start spent is not in them."""
-    events = folder.events()
-    seconds: dict[str, float] = dict.fromkeys(("score", "train", "evaluate"), 0.0)
-    for one in events:
-        if one["event"] == "stage":
-            seconds[one["name"]] += one["duration"]
-    seconds["score"] = sum(one["duration"] for one in events if one["event"] == "score")
-    seconds["total"] = seconds["train"] + seconds["evaluate"]
-    seconds["train"] -= seconds["score"]
+    """Return the seconds spent by kind of work, from the events; training counts all starts of a resumed run."""
+    stages = [one for one in folder.events() if one["event"] == "stage"]
+    train = next(one for one in reversed(stages) if one["name"] == "train")
+    evaluate = sum(one["duration"] for one in stages if one["name"] == "evaluate")
+    seconds = {
+        "score": train["score"],
+        "train": train["duration"] - train["score"],
+        "evaluate": evaluate,
+        "total": train["duration"] + evaluate,
+    }
     return {name: round(one, 3) for name, one in seconds.items()}
 
 
@@ -345,16 +367,17 @@ def _write_evidence(folder: RunFolder, settings: Settings, inputs: Inputs, metri
     """Write what shows the result and what reproduces it; metrics.json comes last and marks the run as finished."""
     numbers = {name: [row.number for row in rows] for name, rows in inputs.rows.items()}
     write_json(folder.path / "split.json", {name: numbers[name] for name in ("taught", "floor", "final")})
+    hashes = folder.read("inputs.json")
     libraries = ("loraprune", "torch", "transformers", "peft", "accelerate")
     reproduce = {
         "seed": settings.seed,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
         "weights_sha256": {
-            "before": weights_hash(settings.model),
+            "before": hashes["weights_sha256"],
             "after": weights_hash(str(folder.path / "model")),
         },
-        "data_sha256": {name: data_hash(rows) for name, rows in inputs.rows.items()},
+        "data_sha256": hashes["data_sha256"],
     }
     write_json(folder.path / "reproduce.json", reproduce)
     write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))

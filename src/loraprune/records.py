@@ -6,7 +6,7 @@ Source   -
 Symbols  L layers, G groups of a kind in a layer; "kept" is a boolean array (L, G)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,6 +120,23 @@ class Removal:
     forget: float | None
     retain: float
     step: int
+
+
+def removal_columns(removals: Sequence[Removal]) -> dict[str, list[Any]]:
+    """Return removals as plain columns, one for each thing said of them: a row a group would be ten times the size."""
+    places: dict[str, list[Any]] = {
+        name: [getattr(one.group, name) for one in removals] for name in ("layer", "kind", "index")
+    }
+    return places | {name: [getattr(one, name) for one in removals] for name in _SAID}
+
+
+def removals_from(columns: Mapping[str, Sequence[Any]]) -> list[Removal]:
+    """Return the removals that `removal_columns` wrote."""
+    groups = map(Group, columns["layer"], columns["kind"], columns["index"])
+    return [Removal(group, *said) for group, *said in zip(groups, *(columns[name] for name in _SAID), strict=True)]
+
+
+_SAID = ("share", "forget", "retain", "step")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraprune.mask import LiveMask
-from loraprune.objectives import answer_log_odds, answer_log_probabilities, row_means
+from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
 from loraprune.records import KINDS, DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreLoss, Sensitivity
 
 Number = TypeVar("Number", float, Tensor)
@@ -90,7 +91,7 @@ def compute_dual_sensitivity(
         else adapter_importance(layer, one, groups, power=power)
         for one in (forget_grad, retain_grad)
     ]
-    forget, retain = (one / one.mean() for one in importances)
+    forget, retain = (_with_mean_one(one, torch.ones_like(one, dtype=torch.bool)) for one in importances)
     return dual_score(forget, retain, epsilon)
 
 
@@ -167,6 +168,9 @@ def score_model(
     """
     training = model.training
     model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = training  # its only use of the flag: whether activations are computed twice
     model.zero_grad(set_to_none=True)
     score = _score_gates if prune_metric == "gate" else _score_adapters
     totals, rows = score(model, live, batches, dataset_type, loss, power)
@@ -242,7 +246,7 @@ def _score_adapters(
 
 
 def _row_losses(model: nn.Module, batch: Mapping[str, Tensor], loss: ScoreLoss) -> Float[Tensor, " batch"]:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = logits_of(model, batch)
     measure = answer_log_odds if loss == "log_odds" else answer_log_probabilities
     values, counted = measure(logits, batch["labels"])
     return -row_means(values, counted)

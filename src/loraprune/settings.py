@@ -90,7 +90,7 @@ class Settings:
         "auto",
         "model",
         "Where the run computes; auto takes a GPU when there is one.",
-        allowed=("auto", "cpu", "cuda", "mps"),
+        allowed=("auto", "cpu", "cuda"),
     )
     trust_remote_code: bool = setting(False, "model", "Run modelling code that ships with the checkpoint.")
 

@@ -26,8 +26,8 @@ from loraprune.decision import Rules
 from loraprune.evaluate import answer_values, measure
 from loraprune.mask import LiveMask
 from loraprune.metrics import forget_drop, forget_per_retain, retention
-from loraprune.objectives import answer_log_probabilities, forget_loss, retain_loss, row_sums
-from loraprune.progress import stage
+from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, retain_loss, row_sums
+from loraprune.progress import Advance, stage
 from loraprune.pruning import Record, restore_state, take_state, unlearning_prune
 from loraprune.records import DatasetType
 from loraprune.schedule import cubic, learning_rate_factor, pruning_round
@@ -46,8 +46,8 @@ class Target:
 
     @property
     def enough(self) -> float:
-        """The P from which on the forget loss is off: well above the target, since pruning lowers P as well."""
-        return self.performance + 0.75 * (self.high - self.performance)
+        """The P from which on the forget loss is off: above the target, since pruning lowers P as well."""
+        return (self.performance + self.high) / 2
 
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high
@@ -66,6 +66,10 @@ class TrainingSets:
         """Return the sets whose sensitivities decide."""
         sets: list[tuple[DatasetType, Sequence[Example]]] = [("retain", self.taught)]
         return sets if self.forget is None else [*sets, ("forget", self.forget)]
+
+
+def _show_nothing(steps: int = 1, note: str = "") -> None:
+    """Stand in for a progress bar."""
 
 
 class LoRAPruneTrainer(Trainer):
@@ -92,9 +96,11 @@ class LoRAPruneTrainer(Trainer):
         main = settings.warmup_steps + settings.prune_every * settings.prune_rounds
         self.run_state, self.last_good = load_state(self.state_folder) or (RunState(main_end=main), take_state(model))
         self.first_step, self.note = self.run_state.step, ""
+        self.advance: Advance = _show_nothing
+        self.clock = monotonic()
         self.base_log_probability = self._untouched_log_probability(model)
         restore_state(model, self.last_good)
-        steps = max(1, main + settings.finish_steps - self.first_step)
+        steps = main + settings.finish_steps
         self.adapted = model
         super().__init__(model=model, args=_training_arguments(settings, folder / "logs", steps))
         self.remove_callback(PrinterCallback)
@@ -112,6 +118,7 @@ class LoRAPruneTrainer(Trainer):
 
     def run(self) -> None:
         """Train, prune and recover to the end; a run whose end was saved already is left as it is."""
+        self.clock = monotonic()
         with stage("train", self.run_state.main_end + self.settings.finish_steps) as self.advance:
             self.advance(self.first_step)
             if not self._over:
@@ -131,7 +138,7 @@ class LoRAPruneTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of both sets; the order is a function of the seed and the step alone."""
-        batches = self._paired_from(self.first_step, self.args.max_steps)
+        batches = self._paired_from(self.first_step, self.args.max_steps - self.first_step)
         # A generator of its own: else the loader would draw its seed from the random state that a resumed run restored.
         return DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())
 
@@ -168,21 +175,22 @@ class LoRAPruneTrainer(Trainer):
     ) -> Any:
         """Return retain loss + forget_retain_ratio x forget loss of a pair of batches."""
         batch = inputs["retain"]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = logits_of(model, batch)
         loss = retain_loss(logits, batch["labels"])
         if self.run_state.forgetting and "forget" in inputs and self.settings.forget_loss != "none":
             loss = loss + self.settings.forget_retain_ratio * self._forget_loss(model, inputs["forget"])
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _forget_loss(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = logits_of(model, batch)
         values, counted = answer_log_probabilities(logits, batch["labels"])
         rows, tokens = row_sums(values, counted), counted.sum(1)
-        performance = (rows.detach() / tokens).exp().mean()
+        performance = float((rows.detach() / tokens).exp().mean())
+        if self.target is not None and performance <= self.target.enough:
+            return rows.new_zeros(())
         assert self.base_log_probability is not None
         base = self.base_log_probability.to(rows.device)[batch["rows"]]
-        loss = forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
-        return loss * bool(self.target is None or performance > self.target.enough)
+        return forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -190,6 +198,8 @@ class LoRAPruneTrainer(Trainer):
         """Prune or look, as the step asks; return whether the run is over."""
         state, settings = self.run_state, self.settings
         state.step += 1
+        now = monotonic()
+        state.train_seconds, self.clock = state.train_seconds + now - self.clock, now
         self.advance(1, self.note)
         if state.step <= state.main_end:
             turn = pruning_round(state.step, settings.warmup_steps, settings.prune_every, settings.prune_rounds)
@@ -263,6 +273,7 @@ class LoRAPruneTrainer(Trainer):
         )
         where = [f"{kind} of layer {layer}" for kind, layer in broken]
         duration = round(monotonic() - begun, 3)
+        state.score_seconds += duration
         self.record("score", step=state.step, set=dataset_type, rows=len(sample), non_finite=where, duration=duration)
         return not broken
 
@@ -300,7 +311,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _finish(self) -> None:
         """Save the end; where it broke the floor, the last good state is the end."""
-        if self._retention()[1] < self.settings.min_retain_performance:
+        if not self._retention()[1] >= self.settings.min_retain_performance:  # NaN breaks the floor too
             restore_state(self.adapted, self.last_good)
             self.record("roll_back", step=self.run_state.step, sparsity=self.live.value.sparsity(self.live.groups))
         self._keep()
@@ -363,6 +374,7 @@ class _Between(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        state.global_step = self.trainer.first_step  # so that a resumed run's steps count on
         if self.trainer.state_folder.exists():
             resume_optimizer(self.trainer.state_folder, self.trainer.stepper)
 
@@ -384,7 +396,7 @@ def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]
 
 
 def _training_arguments(settings: Settings, output: Path, steps: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         learning_rate=settings.learning_rate,
@@ -396,7 +408,8 @@ def _training_arguments(settings: Settings, output: Path, steps: int) -> Trainin
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=settings.device == "cpu",
         seed=settings.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would spread one process over all GPUs by DataParallel
+    return arguments

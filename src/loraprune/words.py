@@ -44,13 +44,20 @@ def outcome_text(metrics: Values) -> str:
     """Return what ended the run and why, as "target_reached: P(forget) 0.47 is inside 0.36 .. 0.60"."""
     reasons = {
         "target_reached": [],
-        "budget_spent": [f"sparsity {number_text(metrics['sparsity'])} is all that was to be removed"],
+        "budget_spent": [_budget_words(metrics)],
         "no_candidates": [f"no group is left that may go, at sparsity {number_text(metrics['sparsity'])}"],
         "floor_reached": [_floor_words(metrics["floor"])],
     }[metrics["outcome"]]
     if metrics.get("target") and metrics.get("forget"):
         reasons = [*reasons, _position_words(metrics["forget"]["after"]["performance"], metrics["target"])]
     return f"{metrics['outcome']}: {'; '.join(reasons)}" if reasons else metrics["outcome"]
+
+
+def _budget_words(metrics: Values) -> str:
+    sparsity = number_text(metrics["sparsity"])
+    if metrics.get("sparsity_goal") is None and metrics.get("task") == "unlearn":
+        return f"all pruning steps are taken, sparsity {sparsity}"
+    return f"sparsity {sparsity} is all that was to be removed"
 
 
 def _position_words(performance: float, target: Values) -> str:
