@@ -35,7 +35,7 @@ RECIPE = Recipe(
         "head_dim": 28,
         "max_position_embeddings": 512,
     },
-    epochs=30,
+    epochs=20,
     batch_size=32,
     learning_rate=1.5e-3,
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from loraprune.cli import main
 
@@ -157,3 +158,53 @@ def test_a_folder_of_something_else_is_left_alone(capsys, given, tmp_path):
     (tmp_path / "out" / "model").mkdir(parents=True)
     assert "choose another --output" in refusal(capsys, given)
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_a_reference_that_is_not_there_is_found_before_anything_is_written(capsys, given, tmp_path):
+    assert "there is no model" in refusal(capsys, given, "--reference", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there(capsys, given, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "--device cpu" in refusal(capsys, given, "--device", "cuda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reporting_tool_that_is_not_there(capsys, given, tmp_path):
+    assert "tensorboardd" in refusal(capsys, given, "--report-to", "tensorboardd")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantised_weights(capsys, given, tmp_path, run_folder):
+    model = spoilt(tmp_path, run_folder, quantization_config={"quant_method": "fp8"})
+    assert "quantised" in refusal(capsys, {**given, "model": model})
+    assert not (tmp_path / "out").exists()
+
+
+def test_metric_lora_without_an_adapter_on_the_feed_forward(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--metric", "lora", "--target-modules", "q_proj")
+    assert "down_proj gate_proj up_proj" in text and "--metric gate" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_withheld_rows_that_are_to_be_forgotten(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--floor-rows", given["--forget"])
+    assert "--floor-rows also stand in the forget set" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(capsys, given, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in refusal(capsys, given)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_data_that_changed_since_the_run_began(capsys, given, tmp_path, run_folder):
+    short = ["--warmup-steps", "1", "--prune-every", "1", "--prune-rounds", "1", "--finish-steps", "1", "--device", "cpu"]
+    flags = [word for name, value in given.items() if name != "model" for word in (name, value)]
+    assert main(["unlearn", given["model"], *flags, *short]) in (0, 3)
+    first, *rest = (tmp_path / "forget.jsonl").read_text().splitlines()
+    (tmp_path / "forget.jsonl").write_text("\n".join([first.replace("Home", "House"), *rest]) + "\n")
+    assert "forget: the content has changed" in refusal(capsys, given, *short)

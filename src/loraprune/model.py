@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils import logging
 
 from loraprune.config import lora_config

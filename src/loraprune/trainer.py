@@ -44,10 +44,11 @@ class Target:
     high: float
     source: str
 
-    @property
-    def enough(self) -> float:
-        """The P from which on the forget loss is off: above the target, since pruning lowers P as well."""
-        return (self.performance + self.high) / 2
+    def way_left(self, performance: float, before: float) -> float:
+        """Return how much of the way from `before` down to the target is left, in [0, 1]; 0 at the target and below."""
+        if performance <= self.performance:
+            return 0.0
+        return min(1.0, (performance - self.performance) / (before - self.performance)) if before > performance else 1.0
 
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high
@@ -75,7 +76,7 @@ def _show_nothing(steps: int = 1, note: str = "") -> None:
 class LoRAPruneTrainer(Trainer):
     """A transformers.Trainer whose loss is retain + ratio x forget, and that prunes between steps.
 
-    The forget loss is off for a batch whose P is already in the band, so that nothing is pushed below it.
+    The forget loss of a batch fades with the way that its P has left to the target, so that nothing is pushed below it.
     """
 
     def __init__(
@@ -186,11 +187,12 @@ class LoRAPruneTrainer(Trainer):
         values, counted = answer_log_probabilities(logits, batch["labels"])
         rows, tokens = row_sums(values, counted), counted.sum(1)
         performance = float((rows.detach() / tokens).exp().mean())
-        if self.target is not None and performance <= self.target.enough:
+        weight = 1.0 if self.target is None else self.target.way_left(performance, self.before["forget"])
+        if weight == 0.0:
             return rows.new_zeros(())
         assert self.base_log_probability is not None
         base = self.base_log_probability.to(rows.device)[batch["rows"]]
-        return forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
+        return weight * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class LoRAPruneTrainer(Trainer):
         numbers = self._log_metrics("evaluate")
         holds = numbers["retention"] >= self.settings.min_retain_performance
         if self.target is not None:
-            self.run_state.forgetting = holds and numbers["forget"] > self.target.enough
+            self.run_state.forgetting = holds and numbers["forget"] > (self.target.performance + self.target.high) / 2
         if holds:
             self._keep()
 
