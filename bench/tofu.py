@@ -39,12 +39,7 @@ RECIPE = Recipe(
     batch_size=32,
     learning_rate=1.5e-3,
 )
-SETTINGS: dict[str, Any] = {
-    "sparsity": 0.3,
-    "learning_rate": 1e-3,
-    "dtype": "float32",
-    "device": "cpu",
-}
+SETTINGS: dict[str, Any] = {"sparsity": 0.3, "dtype": "float32", "device": "cpu"}
 
 
 def main() -> None:

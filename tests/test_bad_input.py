@@ -202,7 +202,18 @@ def test_an_output_that_is_a_file(capsys, given, tmp_path):
 
 
 def test_data_that_changed_since_the_run_began(capsys, given, tmp_path, run_folder):
-    short = ["--warmup-steps", "1", "--prune-every", "1", "--prune-rounds", "1", "--finish-steps", "1", "--device", "cpu"]
+    short = [
+        "--warmup-steps",
+        "1",
+        "--prune-every",
+        "1",
+        "--prune-rounds",
+        "1",
+        "--finish-steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     flags = [word for name, value in given.items() if name != "model" for word in (name, value)]
     assert main(["unlearn", given["model"], *flags, *short]) in (0, 3)
     first, *rest = (tmp_path / "forget.jsonl").read_text().splitlines()

@@ -353,8 +353,16 @@ def test_the_loss_is_retain_plus_ratio_times_forget_against_the_untouched_model(
     trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, forget_retain_ratio=0.25)
     batch = next(iter(trainer.get_train_dataloader()))
     retain, row, tokens = plain_losses(trainer, batch)
-    expected = retain + 0.25 * forget_loss(kind, row, tokens, untouched_rows(batch["forget"]), 0.1)
+    performance = (row / tokens).exp().mean().item()
+    left = trainer.target.way_left(performance, trainer.before["forget"])
+    assert 0 < left <= 1
+    expected = retain + 0.25 * left * forget_loss(kind, row, tokens, untouched_rows(batch["forget"]), 0.1)
     assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_forget_loss_fades_from_the_untouched_models_performance_to_the_target():
+    goal = target(0.4)
+    assert [goal.way_left(one, 0.9) for one in (0.95, 0.9, 0.65, 0.4, 0.1)] == pytest.approx([1, 1, 0.5, 0, 0])
 
 
 def test_the_untouched_model_is_the_one_without_adapters_and_mask(tmp_path, tokenizer):

@@ -36,7 +36,7 @@ RECIPE = Recipe(
     },
     epochs=24,
 )
-SETTINGS: dict[str, Any] = {"sparsity": 0.26, "learning_rate": 1e-3, "dtype": "float32", "device": "cpu"}
+SETTINGS: dict[str, Any] = {"sparsity": 0.26, "dtype": "float32", "device": "cpu"}
 
 
 def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Console | None = None) -> RunReport:

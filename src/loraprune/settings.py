@@ -225,7 +225,12 @@ class Settings:
         1.0, "training", "Weight of the forget loss; the retain loss has weight 1.", allowed=NOT_NEGATIVE
     )
     forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
-    learning_rate: float = setting(2e-4, "training", "Peak learning rate of the adapters.", allowed=POSITIVE)
+    learning_rate: float = setting(
+        1e-3,
+        "training",
+        "Peak learning rate of the adapters; measured on models of millions of parameters, billions want about 1e-4.",
+        allowed=POSITIVE,
+    )
     warmup_steps: int = setting(
         20,
         "training",
