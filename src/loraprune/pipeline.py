@@ -70,6 +70,8 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
             metrics = _run_stages(folder, settings, inputs, console)
         _tidy(folder)
         console.print(result_table(metrics))
+        if settings.is_unlearning and metrics["sparsity"] == 0:
+            console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
         if settings.show_examples:
             show_examples(settings, inputs, folder.path / "model", console)
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))

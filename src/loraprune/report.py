@@ -238,6 +238,10 @@ def _unmeasured(metrics: Values) -> list[str]:
             f"The target is {TARGET_SOURCES[target['source']]}: no reference and no holdout says what a model that "
             "never saw the forget set would reach."
         )
+    if metrics["sparsity"] == 0:
+        sentences.append(
+            "Nothing was cut: the forget loss alone did this, and what is only suppressed comes back easily."
+        )
     if not metrics.get("bystander"):
         sentences.append("There was no bystander set: what the model knew outside both sets may be damaged, unseen.")
     return sentences
