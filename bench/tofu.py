@@ -39,7 +39,13 @@ RECIPE = Recipe(
     batch_size=32,
     learning_rate=1.5e-3,
 )
-SETTINGS: dict[str, Any] = {"sparsity": 0.3, "dtype": "float32", "device": "cpu"}
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.3,
+    "prune_rounds": 8,
+    "score_rows": 128,
+    "dtype": "float32",
+    "device": "cpu",
+}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.objectives import answer_log_probabilities, forget_loss, retain_loss, row_sums
 from loraprune.pipeline import run
+from loraprune.schedule import cubic
 from loraprune.settings import Settings
 from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
 
@@ -106,6 +107,19 @@ def without_a_stop(finished, run_folder):
         return made[scenario]
 
     return folder
+
+
+def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
+    values = run_values(run_folder, "halved", min_retain_performance=0.9, seed=2, prune_rounds=6, sparsity=0.3)
+    rows = events(run(Settings(**values)).folder)
+    [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
+    tried = {row["step"]: row["removed"] for row in rows if row["event"] == "propose"}  # the last try of each step
+    later = [removed for step, removed in tried.items() if step > halved]
+    assert later and 0 < max(later) <= tried[halved]
+    planned = 0.3 * cubic(5, 6) - next(
+        row["sparsity"] for row in rows if row["event"] == "accept" and row["step"] == halved
+    )
+    assert planned > 2 * later[0] * 96 / 27488  # a channel has 96 parameters: the schedule alone would try more
 
 
 def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):

@@ -31,6 +31,7 @@ class RunState:
     main_end: int = 0  # the step after which recovery begins
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
+    largest_step: float = 1.0  # of sparsity; a pruning step that had to be halved sets it for those after it
     removals: list[Removal] = field(default_factory=list)
     train_seconds: float = 0.0  # of all starts together, scoring included
     score_seconds: float = 0.0
@@ -108,6 +109,7 @@ def _run_values(run_state: RunState) -> dict[str, Any]:
         "main_end": run_state.main_end,
         "ended_by": run_state.ended_by,
         "forgetting": run_state.forgetting,
+        "largest_step": run_state.largest_step,
         "train_seconds": run_state.train_seconds,
         "score_seconds": run_state.score_seconds,
         "removals": removal_columns(run_state.removals),

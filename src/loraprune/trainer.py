@@ -218,8 +218,9 @@ class LoRAPruneTrainer(Trainer):
         if not all(finite):
             return
         state, settings, scored = self.run_state, self.settings, self.run_state.sensitivities
-        goal = settings.sparsity or settings.max_sparsity
-        early = self._early_goal()
+        begun, early = self.live.value.sparsity(self.live.groups), self._early_goal()
+        planned = (settings.sparsity or settings.max_sparsity) * cubic(turn, settings.prune_rounds)
+        ratio = min(planned, begun + state.largest_step)
         decision = unlearning_prune(
             self.adapted,
             scored.forget.values() if self.sets.forget is not None else None,
@@ -227,7 +228,7 @@ class LoRAPruneTrainer(Trainer):
             settings.unlearning_threshold,
             settings.min_retain_performance,
             retention=lambda: self._retention()[1],
-            ratio=goal * cubic(turn, settings.prune_rounds),
+            ratio=ratio,
             repair=self._repair if settings.recovery_steps else None,
             last_good=self.last_good,
             forget_performance=None if early is None else self._forget_performance(),
@@ -241,6 +242,9 @@ class LoRAPruneTrainer(Trainer):
         if decision.ended_by in ("floor", "target"):
             state.main_end = state.step
         state.forgetting = state.step < state.main_end
+        gained = self.live.value.sparsity(self.live.groups) - begun
+        if decision.removals and decision.ended_by == "budget" and gained < 0.6 * (ratio - begun):
+            state.largest_step = gained  # the step was halved at least once
         self._log_metrics("accept" if decision.ended_by != "floor" else "stop")
         if decision.ended_by != "floor":
             self._keep()
