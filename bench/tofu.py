@@ -21,6 +21,7 @@ from loraprune.model import quiet_libraries
 from loraprune.pipeline import run
 from loraprune.scratch import Recipe, make_model
 from loraprune.settings import Settings
+from loraprune.words import outcome_text
 
 CACHE = ROOT / "bench" / "cache" / "tofu"
 SETS = ("forget", "retain", "bystander", "holdout")
@@ -140,6 +141,8 @@ def section(metrics: Any, seconds: dict[str, float]) -> str:
         f"{spent:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s to train the model "
         "and the reference.",
     ]
+    if not metrics["goal_met"]:
+        facts.append(f"The goal was not met: {outcome_text(metrics)}.")
     header = ["set", "P before", "exact before", "P after", "exact after"]
     return "\n\n".join([markdown_table(header, rows), *facts, "Made by `python bench/tofu.py`."])
 
