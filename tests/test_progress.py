@@ -55,3 +55,11 @@ def test_two_stages_know_nothing_of_each_other(capsys: pytest.CaptureFixture[str
 )
 def test_durations_are_said_as_a_person_says_them(seconds: float, words: str) -> None:
     assert duration_text(seconds) == words
+
+
+def test_a_stage_may_turn_out_shorter_than_it_was_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    with stage("train", 300) as advance:
+        advance(50)
+        advance(0, new_total=150)
+        advance(100)
+    assert capsys.readouterr().err == "train  150/150  0 s\n"

@@ -14,7 +14,7 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Advance = Callable[..., None]  # advance(steps=1, note=""); an empty note leaves the last one standing
+Advance = Callable[..., None]  # advance(steps=1, note="", new_total=None); an empty note leaves the last one
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def _bar(title: str, total: int) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
         task = progress.add_task(title, total=total, note="")
 
-        def advance(steps: int = 1, note: str = "") -> None:
-            progress.update(task, advance=steps)
+        def advance(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
+            progress.update(task, advance=steps, total=new_total)  # None leaves the total as it is
             if note:
                 progress.update(task, note=note)
 
@@ -55,9 +55,9 @@ def _bar(title: str, total: int) -> Iterator[Advance]:
 def _line(title: str, total: int) -> Iterator[Advance]:
     begun, done, last_note = monotonic(), 0, ""
 
-    def advance(steps: int = 1, note: str = "") -> None:
-        nonlocal done, last_note
-        done, last_note = done + steps, note or last_note
+    def advance(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
+        nonlocal done, last_note, total
+        done, last_note, total = done + steps, note or last_note, new_total or total
 
     try:
         yield advance

@@ -69,7 +69,7 @@ class TrainingSets:
         return sets if self.forget is None else [*sets, ("forget", self.forget)]
 
 
-def _show_nothing(steps: int = 1, note: str = "") -> None:
+def _show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
     """Stand in for a progress bar."""
 
 
@@ -241,6 +241,7 @@ class LoRAPruneTrainer(Trainer):
         state.ended_by = decision.ended_by
         if decision.ended_by in ("floor", "target"):
             state.main_end = state.step
+            self.advance(0, new_total=state.main_end + settings.finish_steps)
         state.forgetting = state.step < state.main_end
         gained = self.live.value.sparsity(self.live.groups) - begun
         if decision.removals and decision.ended_by == "budget" and gained < 0.6 * (ratio - begun):
