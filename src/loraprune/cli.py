@@ -42,7 +42,7 @@ EXIT_CODES = "exit codes: 0 the goal is met, 3 the run ended before it, 2 an err
 METAVARS: dict[type, str | None] = {str: None, int: "N", float: "X", tuple: "A,B,...", dict: "ROLE=COLUMN"}
 
 UNLEARNING_ONLY = (
-    *("forget", "retain", "holdout", "bystander", "reference"),
+    *("forget", "retain", "holdout", "bystander", "reference", "original", "already_forgotten", "request_id"),
     *("allow_overlap", "forget_batch_size", "unlearning_threshold", "unlearning_epsilon"),
     *("minimum_forget_sensitivity", "max_sparsity", "forget_target", "band"),
     *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "show_examples"),

@@ -1,11 +1,12 @@
 """Records: the frozen values that stages hand each other.
 
 Reads    nothing
-Gives    Group, ProjectionGroups, LayerGroups, ModelGroups, Mask, Sensitivity, Removal, Decision, RunReport
+Gives    Group, ProjectionGroups, LayerGroups, ModelGroups, Mask, Sensitivity, Removal, Decision, Look, RunReport
 Source   -
 Symbols  L layers, G groups of a kind in a layer; "kept" is a boolean array (L, G)
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,28 @@ class Decision:
 
     removals: tuple[Removal, ...]
     ended_by: Literal["budget", "no_candidates", "target", "floor"]
+
+
+Interval = tuple[float, float]  # 95% bootstrap interval of a number
+
+
+@dataclass(frozen=True)
+class Look:
+    """The model as it is at one moment, in the numbers that steer a run; what a run does not have is None or empty."""
+
+    sparsity: float  # removed / all parameters
+    retention: float  # P / P_before on the floor rows
+    retention_interval: Interval | None  # None where the floor rows are of one fact only
+    forget: float | None  # P(forget); None in compression
+    forget_interval: Interval | None
+    guard_loss_ratio: float | None  # loss / loss_before on the guard text
+    already_forgotten: tuple[float, ...]  # P of each earlier request's forget set
+    groups: Mapping[GroupKind, tuple[int, ...]]  # kept groups, a number a layer
+
+    def as_values(self) -> dict[str, Any]:
+        """Return the numbers as one line of events.jsonl has them; those that the run does not have are left out."""
+        values = dataclasses.asdict(self)
+        return {name: one for name, one in values.items() if one is not None and one != ()}
 
 
 @dataclass(frozen=True)

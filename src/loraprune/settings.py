@@ -80,6 +80,12 @@ class Settings:
     reference: str | None = setting(
         None, "model", "Folder or hub name of a model trained without the forget set; its P(forget) becomes the target."
     )
+    original: str | None = setting(
+        None,
+        "model",
+        "Folder or hub name of the model before the first request, where the model to start from has unlearned already; "
+        "the floor holds against it. Unset: the numbers in the ledger that the model brings along, where they fit.",
+    )
     dtype: str = setting(
         "auto",
         "model",
@@ -116,6 +122,12 @@ class Settings:
     )
     bystander: str | None = setting(
         None, "data", "Things the model knows that stand in neither file; reported, steers nothing."
+    )
+    guard: str | None = setting(
+        None, "data", "Other text, for a second floor: its loss may grow by max_guard_loss_ratio at most."
+    )
+    already_forgotten: tuple[str, ...] = setting(
+        (), "data", "Forget sets of earlier requests, each with a ceiling of its own that no step may break."
     )
     floor_rows: str | None = setting(None, "data", "File of floor rows, used in place of a tenth of the retain set.")
     final_rows: str | None = setting(None, "data", "File of final rows, used in place of a tenth of the retain set.")
@@ -192,6 +204,12 @@ class Settings:
     min_groups_per_layer: int = setting(
         1, "decision", "Groups of each kind that every layer keeps.", allowed=AT_LEAST_ONE
     )
+    round_to: int = setting(
+        1,
+        "decision",
+        "Feed-forward widths that lose channels end at a multiple of this; 64 or 128 run best on GPUs.",
+        allowed=AT_LEAST_ONE,
+    )
 
     min_retain_performance: float = setting(
         0.9,
@@ -199,10 +217,16 @@ class Settings:
         "The floor: lowest retention P_after / P_before on the floor rows that a pruning step may leave.",
         allowed=UNIT,
     )
+    max_guard_loss_ratio: float = setting(
+        1.1,
+        "floor",
+        "The second floor: highest loss_after / loss_before on the guard text that a pruning step may leave.",
+        allowed=AT_LEAST_ONE,
+    )
     recovery_steps: int = setting(
         20,
         "floor",
-        "LoRA steps on the retain set that a pruning step gets when it broke the floor.",
+        "LoRA steps on the retain set that a pruning step gets when it broke the floor or left the band downwards.",
         allowed=NOT_NEGATIVE,
     )
     forget_target: float | None = setting(
@@ -255,6 +279,9 @@ class Settings:
     lora_dropout: float = setting(0.0, "lora", "Dropout in front of the adapters.", allowed=Range(0, 1, open_high=True))
     target_modules: tuple[str, ...] = setting(PROJECTIONS, "lora", "Projections that carry an adapter.")
 
+    request_id: str | None = setting(
+        None, "run", "Name of this request in the ledger of reproduce.json; unset: request-N, N counted by the ledger."
+    )
     seed: int = setting(0, "run", "The one seed: split, samples, adapters, order of the data.", allowed=NOT_NEGATIVE)
     report_to: tuple[str, ...] = setting(
         (), "run", "Where training metrics also go, as transformers names them (tensorboard, wandb, ...)."
