@@ -22,6 +22,7 @@ from loraprune.errors import UserError
 from loraprune.settings import Settings, as_values, flag, settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
+BEFORE_TRAINING = ("config.toml", "inputs.json", "before.json", "original.json", "events.jsonl")
 CHANGEABLE = ("output", "show_examples", "report_to")  # these alter nothing that a run decides
 
 
@@ -76,6 +77,15 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".old")
 
 
+def _told(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers that are not finite as text."""
+    if isinstance(value, Mapping):
+        return {name: _told(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(one) for one in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
 class RunFolder:
     """A run's folder: settings, events and finished stages."""
 
@@ -102,6 +112,15 @@ class RunFolder:
         """Make the folder, or take up the run in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.toml", tomli_w.dumps(as_values(self.settings)))
+
+    def withdraw(self) -> None:
+        """Take back what a run wrote that was refused before it trained anything."""
+        if (self.path / "state").exists() or (self.path / "model").exists():
+            return
+        for name in BEFORE_TRAINING:
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _refuse_changed(self, before: Settings) -> None:
         names = [name for name in before.changed(self.settings) if name not in CHANGEABLE]
@@ -132,8 +151,7 @@ class RunFolder:
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf"."""
-        told = {name: str(one) if isinstance(one, float) and not isfinite(one) else one for name, one in values.items()}
-        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **told}
+        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **_told(values)}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -12,25 +12,45 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from loraprune.data import Example, Overlap, Row, encode, find_overlap, load_rows, refuse_overlap, split_retain
+from loraprune.data import (
+    Example,
+    Overlap,
+    Row,
+    encode,
+    find_facts,
+    find_overlap,
+    load_rows,
+    refuse_overlap,
+    split_retain,
+)
 from loraprune.errors import UserError
 from loraprune.groups import expected_shapes, prunable_parameters
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
 from loraprune.settings import Settings, flag
 
-OPTIONAL_SETS = ("holdout", "bystander")
+OPTIONAL_SETS = ("holdout", "bystander", "guard")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run works on; sets by name: forget, taught, floor, final, holdout, bystander, those that there are."""
+    """What a run works on; sets by name: forget, taught, floor, final, OPTIONAL_SETS and those of earlier requests."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     rows: Mapping[str, Sequence[Row]]
     examples: Mapping[str, Sequence[Example]]
     overlap: Overlap | None
-    forget_for_reference: Sequence[Example] | None
+    for_reference: Mapping[str, Sequence[Example]]  # forget and earlier requests under the reference's tokenizer
+
+    @property
+    def facts(self) -> dict[str, list[int]]:
+        """Return every set's facts: rows with the same number say the same thing, or belong to one fact_id."""
+        return {name: find_facts(rows) for name, rows in self.rows.items()}
+
+
+def earlier_sets(settings: Settings) -> dict[str, str]:
+    """Return name and source of the forget sets of earlier requests."""
+    return {f"already_forgotten_{number}": one for number, one in enumerate(settings.already_forgotten, start=1)}
 
 
 def require(settings: Settings) -> None:
@@ -59,16 +79,20 @@ def prepare(settings: Settings) -> Inputs:
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
-    reference = _encode_for_reference(settings, rows)
-    return Inputs(config, tokenizer, rows, examples, overlap, reference)
+    for_reference = _encode_for_reference(settings, rows)
+    if settings.original is not None:
+        checked_config(settings.original, settings)
+    return Inputs(config, tokenizer, rows, examples, overlap, for_reference)
 
 
-def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> list[Example] | None:
-    """Return the forget set under the reference's own tokenizer, once that model is known to be there."""
+def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
+    """Return what is to be forgotten under the reference's own tokenizer, once that model is known to be there."""
     if settings.reference is None or "forget" not in rows:
-        return None
+        return {}
     checked_config(settings.reference, settings)
-    return encode_set(rows["forget"], load_tokenizer(settings.reference, settings), "forget", settings)
+    tokenizer = load_tokenizer(settings.reference, settings)
+    names = ("forget", *earlier_sets(settings))
+    return {name: encode_set(rows[name], tokenizer, name, settings) for name in names}
 
 
 def encode_set(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings) -> list[Example]:
@@ -94,6 +118,10 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
     for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
         if source and "forget" in rows:
             _refuse_shared(rows[name], rows["forget"], f"{name}-rows", "forget set")
+    for name, source in earlier_sets(settings).items():
+        rows[name] = load_set(settings, "already-forgotten", source)
+        if not settings.allow_overlap:
+            _refuse_shared(rows[name], kept, "already-forgotten", "retain set")
     for name in OPTIONAL_SETS:
         if (source := getattr(settings, name)) is not None:
             rows[name] = load_set(settings, name, source)
