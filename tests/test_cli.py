@@ -226,7 +226,12 @@ OTHER_VALUES = {
     **{"trust_remote_code": True, "allow_overlap": True, "gradient_checkpointing": True, "show_examples": True},
     **{"dtype": "float16", "device": "cpu", "metric": "lora", "score_loss": "nll", "forget_loss": "ga"},
     **{"columns": {"prompt": "q", "answer": "a=b"}, "target_modules": ("q_proj", "v_proj"), "report_to": ("wandb",)},
-    **{"score_power": 2, "template": "Q: {prompt}\nA: ", "already_forgotten": ("a.jsonl",), "max_guard_loss_ratio": 1.5},
+    **{
+        "score_power": 2,
+        "template": "Q: {prompt}\nA: ",
+        "already_forgotten": ("a.jsonl",),
+        "max_guard_loss_ratio": 1.5,
+    },
 }
 
 
