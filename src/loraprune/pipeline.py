@@ -375,6 +375,7 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
         folder.path / "decision.json",
         {
             "ended_by": state.ended_by,
+            "steps": state.step,
             "smallest_step": smallest_step(live.groups),
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite
@@ -557,8 +558,9 @@ def _write_evidence(
     write_json(folder.path / LEDGER, reproduce)
     write_json(folder.path / "model" / LEDGER, reproduce)  # the ledger goes where the model goes
     write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
-    look = _last_look(metrics, folder.read("decision.json")["kept_by_layer"])
-    folder.event("stop", outcome=metrics["outcome"], ended_by=folder.read("decision.json")["ended_by"], **look)
+    decision = folder.read("decision.json")
+    ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"]}
+    folder.event("stop", step=decision["steps"], **ends, **_last_look(metrics, decision["kept_by_layer"]))
     write_json(folder.path / "metrics.json", metrics)
 
 

@@ -434,14 +434,19 @@ class LoRAPruneTrainer(Trainer):
 
     def evaluate_forget_retain(self) -> dict[str, float]:
         """Evaluate the model on both sets: retention on the floor rows, P on them, and P(forget) when there is one."""
-        looked, before = self._look(), self.steering.probes.floor_before
-        numbers = {"retain": looked.retention * sum(before) / len(before), "retention": looked.retention}
+        looked = self._look()
+        numbers = {"retain": self._retain_of(looked), "retention": looked.retention}
         return numbers if looked.forget is None else {**numbers, "forget": looked.forget}
+
+    def _retain_of(self, looked: Look) -> float:
+        """Return P on the floor rows."""
+        before = self.steering.probes.floor_before
+        return looked.retention * sum(before) / len(before)
 
     def compute_unlearning_metrics(self, looked: Look | None = None) -> dict[str, float]:
         """Return progress and trade-off now: the look's numbers, the drop on forget, what it cost on retain."""
         looked = looked or self._look()
-        numbers = _flat(looked.as_values())
+        numbers = {"retain": self._retain_of(looked), **_flat(looked.as_values())}
         if looked.forget is not None and self.steering.forget_before is not None:
             drop = forget_drop(self.steering.forget_before, looked.forget)
             numbers["forget_drop"] = drop
