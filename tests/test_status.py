@@ -127,9 +127,11 @@ def test_an_attempt_that_a_kill_cut_short_is_not_taken_for_the_next_one() -> Non
     assert (only.repaired, only.retention) == (False, None)
 
 
-def test_only_states_that_were_trained_on_are_looks() -> None:
+def test_what_was_only_tried_is_no_look_and_what_was_gone_back_to_is() -> None:
     looks = status_of(unlearning(), 0.0).looks
-    assert [one["event"] for one in looks] == ["score", "accept", "score", "accept", "evaluate", "stop"]
+    expected = ["score", "accept", "score", "roll_back", "accept", "evaluate", "roll_back", "stop"]
+    assert [one["event"] for one in looks] == expected
+    assert rows_of(text_of(unlearning()[:16]))["P(forget)"].startswith("0.600")
 
 
 def test_a_resumed_run_counts_its_starts_and_the_seconds_of_the_last() -> None:

@@ -1,13 +1,13 @@
 """Events: what a run wrote down step by step, read back.
 
 Reads    events.jsonl
-Gives    read_events, Attempt, attempts
+Gives    read_events, has_look, Attempt, attempts
 Source   -
 Symbols  a limit is what an accepted step may not break: floor, guard, band, ceiling
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -25,6 +25,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return events
+
+
+def has_look(event: Values, kinds: Collection[str]) -> bool:
+    """Return whether an event is of one of these kinds and tells how the model stood."""
+    return event["event"] in kinds and {"sparsity", "retention"} <= event.keys()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from loraprune.errors import UserError
-from loraprune.events import Attempt, attempts, read_events
+from loraprune.events import Attempt, attempts, has_look, read_events
 from loraprune.records import KINDS
 from loraprune.textplot import BOTH, Bound, Curve, text_plot
 from loraprune.words import ENDINGS, TARGET_SOURCES, Values, band_texts, duration_text, number_text, percent, position
 
-KEPT_LOOKS = ("score", "accept", "evaluate", "stop")  # of states that were trained on; others were only tried
+STOOD = ("score", "accept", "roll_back", "evaluate", "stop")  # looks at a state of the run; others were only tried
 WIDTH, NAME_WIDTH, PLOT_WIDTH = 80, 14, 54
 Row = tuple[str, str]
 
@@ -35,7 +35,7 @@ class Status:
     seconds: float  # on the clock of the process that wrote the last line
     age: float  # seconds since then
     last_event: str | None
-    looks: Sequence[Values]  # at the states that were trained on, in order
+    looks: Sequence[Values]  # at the run's states, in order; not at what was only tried
     attempts: Sequence[Attempt]
     skipped: Mapping[str, int]  # steps left out, training and scoring, by reason
     outcome: str | None
@@ -61,7 +61,7 @@ def status_of(events: Sequence[Values], age: float) -> Status:
         seconds=last.get("seconds", 0.0),
         age=age,
         last_event=last.get("event"),
-        looks=[one for one in events if one["event"] in KEPT_LOOKS and "retention" in one],
+        looks=[one for one in events if has_look(one, STOOD)],
         attempts=attempts(events),
         skipped=dict(Counter(map(_reason, filter(_was_skipped, events)))),
         outcome=last.get("outcome"),
