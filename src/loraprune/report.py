@@ -22,27 +22,24 @@ from rich.table import Table
 from rich.text import Text
 
 from loraprune.errors import UserError
+from loraprune.events import read_events
 from loraprune.figure import figure_bytes
 from loraprune.folder import write_text
-from loraprune.progress import duration_text
 from loraprune.records import KINDS
 from loraprune.settings import Settings, setting_names, settings_from, value_text
-from loraprune.words import Values, band_texts, number_text, outcome_text, percent
+from loraprune.words import (
+    ENDINGS,
+    TARGET_SOURCES,
+    Values,
+    band_texts,
+    duration_text,
+    number_text,
+    outcome_text,
+    percent,
+)
 
 SOURCES = ("model", "reference", "forget", "retain", "data", "holdout", "bystander", "floor_rows", "final_rows")
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-TARGET_SOURCES = {
-    "reference": "P(forget) of the reference model",
-    "holdout": "P(holdout) of the untouched model",
-    "forget_target": "set by hand",
-    "tenth": "a tenth of P(forget) of the untouched model",
-}
-ENDINGS = {
-    "budget": "everything that was asked to go is gone",
-    "no_candidates": "no group was left that may go",
-    "target": "P(forget) had come down to the band",
-    "floor": "the next step would have broken the floor",
-}
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
@@ -283,7 +280,7 @@ def _page_values(folder: Path, metrics: Values) -> dict[str, Any]:
         "outcome": outcome_text(metrics),
         "goal_met": metrics["goal_met"],
         "cost": _cost_words(metrics),
-        "figure": base64.b64encode(figure_bytes(metrics, _read_events(folder / "events.jsonl"))).decode(),
+        "figure": base64.b64encode(figure_bytes(metrics, read_events(folder / "events.jsonl"))).decode(),
         "removed": removed_by_layer(decision, metrics["model"]["groups"]) if decision else {},
         "ended_by": ENDINGS.get(decision["ended_by"], decision["ended_by"]) if decision else "",
         "reproduce": json.dumps(without_folders(reproduce), indent=2, ensure_ascii=False) if reproduce else "",
@@ -293,17 +290,6 @@ def _page_values(folder: Path, metrics: Values) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events; a line that was cut short when a run was killed is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
 
 
 def _asked(values: Values) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """Words: numbers and outcomes as a person reads them.
 
-Reads    values of metrics.json
-Gives    number_text, percent, apart, band_texts, outcome_text
+Reads    values of metrics.json and events.jsonl
+Gives    number_text, percent, duration_text, apart, band_texts, position, outcome_text, TARGET_SOURCES, ENDINGS
 Source   -
 Symbols  P = performance
 """
@@ -10,6 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 Values = Mapping[str, Any]
+
+TARGET_SOURCES = {
+    "reference": "P(forget) of the reference model",
+    "holdout": "P(holdout) of the untouched model",
+    "forget_target": "set by hand",
+    "tenth": "a tenth of P(forget) of the untouched model",
+}
+ENDINGS = {
+    "budget": "everything that was asked to go is gone",
+    "no_candidates": "no group was left that may go",
+    "target": "P(forget) had come down to the band",
+    "floor": "the next step would have broken the floor",
+}
 
 
 def number_text(value: float | int | None) -> str:
@@ -26,6 +39,16 @@ def percent(value: float, sign: str = "-") -> str:
     return f"{100 * value:{sign}.1f} %"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as a person says it: "41 s", "3 min 12 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
 def apart(*values: float) -> list[str]:
     """Return the values with the fewest decimals, two or more, at which those that differ look different."""
     for digits in range(2, 6):
@@ -38,6 +61,13 @@ def apart(*values: float) -> list[str]:
 def band_texts(target: Values) -> tuple[str, str]:
     low, high = apart(max(target["low"], 0.0), target["high"])
     return low, high
+
+
+def position(performance: float, target: Values) -> str:
+    """Return where P(forget) stands to the target's band: "below", "above" or "inside"; "outside" where it is NaN."""
+    if target["low"] <= performance <= target["high"]:
+        return "inside"
+    return "below" if performance < target["low"] else "above" if performance > target["high"] else "outside"
 
 
 def outcome_text(metrics: Values) -> str:
@@ -63,8 +93,7 @@ def _budget_words(metrics: Values) -> str:
 def _position_words(performance: float, target: Values) -> str:
     low, high = max(target["low"], 0.0), target["high"]
     value_words, low_words, high_words = apart(performance, low, high)
-    where = "below" if performance < low else "above" if performance > high else "inside"
-    return f"P(forget) {value_words} is {where} {low_words} .. {high_words}"
+    return f"P(forget) {value_words} is {position(performance, target)} {low_words} .. {high_words}"
 
 
 def _floor_words(floor: Values) -> str:
