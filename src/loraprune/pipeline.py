@@ -46,6 +46,7 @@ from loraprune.model import (
 from loraprune.progress import stage
 from loraprune.records import KINDS, Outcome, RunReport, removal_columns
 from loraprune.report import model_card, result_table, write_report
+from loraprune.rules import Rules, smallest_step
 from loraprune.settings import Settings, as_values
 from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
 
@@ -216,7 +217,7 @@ def _train_and_cut(
     trainer.run()
     state = trainer.run_state
     folder.event("stage", name="train", duration=state.train_seconds, score=state.score_seconds)
-    _write_decision(folder, state, live)
+    _write_decision(folder, state, live, trainer.rules)
     with whole_folder(folder.path / "adapter") as part:
         model.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
@@ -224,7 +225,7 @@ def _train_and_cut(
     export_model(model.merge_and_unload(), inputs.tokenizer, groups, live.value, folder.path / "model")
 
 
-def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
+def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: Rules) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
     kept = {kind: live.value.kept[kind].sum(1).tolist() for kind in KINDS}
     groups = {
@@ -234,7 +235,7 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
         folder.path / "decision.json",
         {
             "ended_by": state.ended_by,
-            "smallest_step": min(map(live.groups.slice_parameters, KINDS)) / live.groups.total_parameters,
+            "smallest_step": smallest_step(live.groups, rules, live.value) / live.groups.total_parameters,
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "sparsity": live.value.sparsity(live.groups),
             "groups": groups,

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from loraprune.decision import Rules, Scores, decide_compression, decide_unlearning
+from loraprune.decision import Scores, decide_compression, decide_unlearning
 from loraprune.mask import LiveMask, mask_of
 from loraprune.records import Decision, Mask
+from loraprune.rules import Rules, smallest_step
 from loraprune.sensitivity import SensitivityDict
 
 Record = Callable[..., None]  # record("propose", removed=3): one line of events.jsonl
@@ -107,7 +108,7 @@ def unlearning_prune(
     good = last_good or take_state(model)
     done = live.value.sparsity(live.groups)
     allowance = ratio - done
-    smallest = min(live.groups.slice_parameters(kind) for kind in live.groups.layers) / live.groups.total_parameters
+    smallest = smallest_step(live.groups, rules, live.value) / live.groups.total_parameters
     while True:
         decision = local_prune(
             model,
