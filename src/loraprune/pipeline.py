@@ -65,11 +65,12 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     folder.check()
     with quiet_libraries():
         inputs = prepare(settings)
-        _refuse_changed_inputs(folder, settings, inputs)
-        if (metrics := folder.read("metrics.json")) is None:
-            folder.open()
-            metrics = _run_stages(folder, settings, inputs, console)
-        _tidy(folder)
+        with folder.held(console.print):
+            _refuse_changed_inputs(folder, settings, inputs)
+            if (metrics := folder.read("metrics.json")) is None:
+                folder.open()
+                metrics = _run_stages(folder, settings, inputs, console)
+            _tidy(folder)
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
             console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
