@@ -1,12 +1,7 @@
 """A run decides the same every time, stopped or not; it says what it did and never what it was to forget."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -175,35 +170,6 @@ def test_a_run_stopped_again_and_again_decides_as_one_without_a_stop(finished, r
     assert same_outcome(run_folder / "stopped_often", finished[0])
     steps = [one["step"] for one in events(run_folder / "stopped_often") if one["event"] in ("accept", "evaluate")]
     assert steps == [one["step"] for one in events(finished[0]) if one["event"] in ("accept", "evaluate")]
-
-
-CHILD = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from loraprune.pipeline import run
-from loraprune.settings import Settings
-run(Settings(**json.loads(sys.argv[1])))
-"""
-
-
-def test_a_run_that_was_killed_outright_decides_as_one_without_a_stop(finished, run_folder):
-    values = run_values(run_folder, "killed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(values)], env=environment, stderr=subprocess.PIPE)
-    log, deadline = run_folder / "killed" / "events.jsonl", time.monotonic() + 120
-    try:
-        while child.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_text().count('"accept"') >= 2:
-                break
-            time.sleep(0.005)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert child.returncode == -signal.SIGKILL, child.stderr.read().decode()
-    assert not (run_folder / "killed" / "metrics.json").exists()
-    run(Settings(**values))
-    assert same_outcome(run_folder / "killed", finished[0])
 
 
 def test_a_state_that_was_lost_while_it_was_replaced_costs_time_and_changes_nothing(finished, run_folder, monkeypatch):

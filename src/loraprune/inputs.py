@@ -8,7 +8,7 @@ Symbols  -
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil, floor
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -24,8 +24,10 @@ from loraprune.data import (
     split_retain,
 )
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, prunable_parameters
+from loraprune.groups import expected_shapes, meta_groups
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
+from loraprune.records import KINDS, ModelGroups
+from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
 from loraprune.settings import Settings, flag
 
 OPTIONAL_SETS = ("holdout", "bystander", "guard")
@@ -168,14 +170,52 @@ def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
             )
 
 
-def _refuse_unreachable(settings: Settings, config: Any) -> None:
-    """Refuse a sparsity that cannot be had even if every layer went down to its last groups."""
-    if settings.sparsity is None:
-        return
-    most = prunable_parameters(config, settings.min_groups_per_layer)
-    if settings.sparsity > most:
+WIDTHS_THAT_STAND = (
+    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and of attention "
+    "only head counts that the family's config takes."
+)
+
+
+def _refuse_unreachable(settings: Settings, config: PretrainedConfig) -> None:
+    """Refuse a goal that cannot be had under the widths that may stand."""
+    groups, rules = meta_groups(config), Rules.of(settings)
+    if most_removable(groups, rules) == 0:
         raise UserError(
-            f"sparsity {settings.sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable.",
-            f"embeddings stay whole and every layer keeps {settings.min_groups_per_layer} group(s) of each kind.",
-            f"lower --sparsity to at most {int(most * 1000) / 1000:g}.",
+            f"nothing can be cut: {_lowest_widths(groups, rules)}.",
+            WIDTHS_THAT_STAND,
+            "lower --min-groups-per-layer or --round-to.",
         )
+    if settings.sparsity is not None:
+        _refuse_too_much(settings.sparsity, groups, rules)
+    name = "max_sparsity" if settings.sparsity is None else "sparsity"
+    _refuse_too_little(name, getattr(settings, name), groups, rules)
+
+
+def _refuse_too_much(sparsity: float, groups: ModelGroups, rules: Rules) -> None:
+    most = most_removable(groups, rules) / groups.total_parameters
+    if sparsity > most:
+        raise UserError(
+            f"sparsity {sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable; "
+            f"{_lowest_widths(groups, rules)}.",
+            f"embeddings stay whole; {WIDTHS_THAT_STAND}",
+            f"lower --sparsity to at most {floor(most * 1000) / 1000:g}, or --min-groups-per-layer or --round-to.",
+        )
+
+
+def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules) -> None:
+    step, allowed = smallest_step(groups, rules), int(goal * groups.total_parameters)
+    if allowed < step:
+        enough = ceil(step / groups.total_parameters * 10_000) / 10_000
+        raise UserError(
+            f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
+            WIDTHS_THAT_STAND,
+            f"raise {flag(name)} to at least {enough:g}, or lower --round-to.",
+        )
+
+
+def _lowest_widths(groups: ModelGroups, rules: Rules) -> str:
+    """Return in words to which width each kind may be cut down."""
+    ends = {kind: allowed_widths(kind, groups, rules) for kind in KINDS}
+    return "a layer keeps at least " + " and ".join(
+        f"{widths[-1]} of {widths[0]} {kind}s" for kind, widths in ends.items()
+    )

@@ -204,15 +204,16 @@ def merged(model: PeftModel) -> Iterator[None]:
 
     Afterwards the weights are back bit for bit, which subtracting what was added would not give.
     """
-    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
-    kept = [one.get_base_layer().weight.detach().to("cpu", copy=True) for one in layers]
-    model.base_model.merge_adapter()
+    tuner: Any = model.base_model
+    weights: list[Any] = [one.get_base_layer().weight for one in model.modules() if isinstance(one, LoraLayer)]
+    kept = [one.detach().to("cpu", copy=True) for one in weights]
+    tuner.merge_adapter()
     try:
         yield
     finally:
-        model.base_model.unmerge_adapter()
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.get_base_layer().weight.data.copy_(weight)
+        tuner.unmerge_adapter()
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -47,9 +47,9 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.pruning import smallest_step
 from loraprune.records import KINDS, Look, Outcome, RunReport, removal_columns, removals_from
 from loraprune.report import model_card, result_table, write_report
+from loraprune.rules import Rules, smallest_step
 from loraprune.settings import Settings, as_values
 from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
 from loraprune.trainer import LoRAPruneTrainer, TrainingSets
@@ -72,15 +72,13 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     folder.check()
     with quiet_libraries():
         inputs = prepare(settings)
-        _refuse_changed_inputs(folder, settings, inputs)
-        if (metrics := folder.read("metrics.json")) is None:
-            folder.open()
-            try:
-                metrics = _run_stages(folder, settings, inputs, console)
-            except UserError:
-                folder.withdraw()
-                raise
-        _tidy(folder)
+        with folder.held(console.print):
+            _refuse_changed_inputs(folder, settings, inputs)
+            if (metrics := folder.read("metrics.json")) is None:
+                folder.open()
+                with folder.withdrawn_if_refused():
+                    metrics = _run_stages(folder, settings, inputs, console)
+            _tidy(folder)
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
             console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
@@ -339,7 +337,7 @@ def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steeri
     trainer.run()
     state = trainer.run_state
     folder.event("stage", name="train", duration=state.train_seconds, score=state.score_seconds)
-    _write_decision(folder, state, live)
+    _write_decision(folder, state, live, trainer.rules)
     with whole_folder(folder.path / "adapter") as part:
         model.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
@@ -365,7 +363,7 @@ def _outlook(settings: Settings, steering: Steering, parameters: int, trainer: L
     }
 
 
-def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
+def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: Rules) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
     kept = {kind: live.value.kept[kind].sum(1).tolist() for kind in KINDS}
     groups = {
@@ -376,7 +374,7 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
         {
             "ended_by": state.ended_by,
             "steps": state.step,
-            "smallest_step": smallest_step(live.groups),
+            "smallest_step": smallest_step(live.groups, rules, live.value) / live.groups.total_parameters,
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite
             "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery

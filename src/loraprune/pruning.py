@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from loraprune.decision import Rules, Scores, decide_compression, decide_unlearning
+from loraprune.decision import Scores, decide_compression, decide_unlearning
 from loraprune.mask import LiveMask, mask_of
-from loraprune.records import Decision, Look, Mask, ModelGroups
+from loraprune.records import Decision, Look, Mask
+from loraprune.rules import Rules, smallest_step
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits
 
@@ -66,7 +67,7 @@ def local_prune(
     live, rules = mask_of(model), rules or Rules()
     if forget_performance is not None and forget_goal is not None and forget_performance <= forget_goal:
         return Decision((), "target")
-    budget = int(min(ratio, target_ratio) * live.groups.total_parameters) - live.value.removed_parameters(live.groups)
+    budget = round(min(ratio, target_ratio) * live.groups.total_parameters) - live.value.removed_parameters(live.groups)
     decision = _decide(live, sensitivity_dict, budget, rules, step)
     live.set(live.value.without(decision.removals))
     return decision
@@ -109,7 +110,7 @@ def unlearning_prune(
     limits = replace(limits or Limits(), min_retain_performance=min_retain_performance)
     scores, roll_back = SensitivityDict.of(forget_dict, retain_dict), roll_back or _back_to_now(model, look)
     begun = live.value.sparsity(live.groups)
-    allowance, smallest = ratio - begun, smallest_step(live.groups)
+    allowance, smallest = ratio - begun, smallest_step(live.groups, rules, live.value) / live.groups.total_parameters
     while True:
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
         decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, **goal)
@@ -142,8 +143,3 @@ def _back_to_now(model: nn.Module, look: Callable[[], Look]) -> Callable[[], Loo
         return looked
 
     return roll_back
-
-
-def smallest_step(groups: ModelGroups) -> float:
-    """Return the least sparsity that a step can add, in [0, 1]."""
-    return min(map(groups.slice_parameters, groups.layers)) / groups.total_parameters

@@ -32,7 +32,6 @@ from loraprune.checkpoint import (
     save_state,
 )
 from loraprune.data import Example, PairedBatches, batches_by_length, collate
-from loraprune.decision import Rules
 from loraprune.evaluate import answer_values
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
@@ -41,6 +40,7 @@ from loraprune.objectives import answer_log_probabilities, forget_loss, logits_o
 from loraprune.progress import Advance, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
 from loraprune.records import DatasetType, Decision, Look
+from loraprune.rules import Rules
 from loraprune.schedule import cubic, learning_rate_factor, pruning_round
 from loraprune.sensitivity import nonfinite_layers, score_model, update_sensitivity_dict
 from loraprune.settings import Settings
@@ -319,10 +319,7 @@ class LoRAPruneTrainer(Trainer):
 
     @property
     def rules(self) -> Rules:
-        one = self.settings
-        return Rules(
-            one.unlearning_threshold, one.unlearning_epsilon, one.minimum_forget_sensitivity, one.min_groups_per_layer
-        )
+        return Rules.of(self.settings)
 
     def _early_goal(self) -> float | None:
         """Return the P(forget) at which pruning stops early: only when no sparsity was asked for."""
