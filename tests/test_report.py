@@ -193,6 +193,11 @@ def test_the_outcome_is_said_with_its_numbers() -> None:
         "floor_reached: a further step would break the floor 0.90; retention on the floor rows is 0.96; "
         "P(forget) 0.47 is above 0.00 .. 0.13"
     )
+    guarded = without_optional_sets() | {"breaks": {"guard": 2, "band": 1}}
+    assert outcome_text(guarded) == (
+        "floor_reached: retention on the floor rows is 0.96; the loss on the guard text grew too much 2 times; "
+        "P(forget) 0.47 is above 0.00 .. 0.13"
+    )
     assert outcome_text(compression()) == "budget_spent: sparsity 0.302 is all that was to be removed"
 
 

@@ -31,6 +31,7 @@ from loraprune.words import (
     ENDINGS,
     TARGET_SOURCES,
     Values,
+    apart,
     band_texts,
     duration_text,
     number_text,
@@ -58,7 +59,7 @@ class ResultRow:
 
 def result_rows(metrics: Values) -> list[ResultRow]:
     """Return the lines of the end table; sets that the run did not have are absent."""
-    return [*_model_rows(metrics), *_set_rows(metrics), *_retention_rows(metrics)]
+    return [*_model_rows(metrics), *_set_rows(metrics), *_limit_rows(metrics), *_retention_rows(metrics)]
 
 
 def _model_rows(metrics: Values) -> list[ResultRow]:
@@ -111,6 +112,19 @@ def _measure_row(name: str, block: Values, measure: str, target: str = "") -> Re
     )
 
 
+def _limit_rows(metrics: Values) -> list[ResultRow]:
+    """Return the lines of the second floor and of earlier requests, with what each may not rise above."""
+    rows = []
+    for number, one in enumerate(metrics.get("already_forgotten") or [], start=1):
+        name, most = f"P(already forgotten {number})", f"<= {number_text(one['ceiling'])}"
+        rows.append(_measure_row(name, one, "performance", most))
+    if guard := metrics.get("guard"):
+        rows.append(_measure_row("loss, guard text", guard, "loss"))
+        most = f"<= {number_text(float(guard['max_guard_loss_ratio']))}"
+        rows.append(ResultRow("  to the original's", after=number_text(guard["loss_ratio"]), target=most))
+    return rows
+
+
 def _retention_rows(metrics: Values) -> list[ResultRow]:
     floor = metrics["floor"]
     least = f">= {number_text(floor['min_retain_performance'])}" if floor.get("min_retain_performance") else ""
@@ -119,11 +133,14 @@ def _retention_rows(metrics: Values) -> list[ResultRow]:
         "taught": (metrics.get("retention_taught"), ""),
         "floor": (floor.get("retention"), least),
     }
-    known = {name: line for name, line in lines.items() if line[0] is not None}
-    return [
-        ResultRow(f"retention, {name} rows", after=number_text(value), target=bound)
-        for name, (value, bound) in known.items()
-    ]
+    intervals = {"final": metrics.get("retention_interval"), "floor": floor.get("interval")}
+    rows = []
+    for name, (value, bound) in lines.items():
+        if value is not None:
+            rows.append(ResultRow(f"retention, {name} rows", after=number_text(value), target=bound))
+        if interval := intervals.get(name):
+            rows.append(ResultRow("  its 95 % interval", after=" .. ".join(apart(*interval))))
+    return rows
 
 
 def _used_columns(rows: Sequence[ResultRow]) -> list[str]:

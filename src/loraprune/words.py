@@ -22,6 +22,14 @@ ENDINGS = {
     "no_candidates": "no group was left that may go",
     "target": "P(forget) had come down to the band",
     "floor": "the next step would have broken the floor",
+    "guard": "the next step would have cost more on the guard text than is allowed",
+    "ceiling": "the next step would have brought back what an earlier request removed",
+    "band": "the next step would have pushed P(forget) below the band",
+}
+BROKEN = {
+    "floor": "retention fell below the floor",
+    "guard": "the loss on the guard text grew too much",
+    "ceiling": "what an earlier request removed came back",
 }
 
 
@@ -72,11 +80,12 @@ def position(performance: float, target: Values) -> str:
 
 def outcome_text(metrics: Values) -> str:
     """Return what ended the run and why, as "target_reached: P(forget) 0.47 is inside 0.36 .. 0.60"."""
+    breaks = metrics.get("breaks", {})
     reasons = {
         "target_reached": [],
         "budget_spent": [_budget_words(metrics)],
-        "no_candidates": [f"no group is left that may go, at sparsity {number_text(metrics['sparsity'])}"],
-        "floor_reached": [_floor_words(metrics["floor"])],
+        "no_candidates": [_left_words(metrics)],
+        "floor_reached": [_floor_words(metrics["floor"], breaks), *_broken_words(breaks)],
     }[metrics["outcome"]]
     if metrics.get("target") and metrics.get("forget"):
         reasons = [*reasons, _position_words(metrics["forget"]["after"]["performance"], metrics["target"])]
@@ -90,16 +99,33 @@ def _budget_words(metrics: Values) -> str:
     return f"sparsity {sparsity} is all that was to be removed"
 
 
+def _left_words(metrics: Values) -> str:
+    sparsity = number_text(metrics["sparsity"])
+    if metrics.get("breaks", {}).get("band"):
+        return f"at sparsity {sparsity} no step is left that keeps P(forget) above the band's lower end"
+    return f"no group is left that may go, at sparsity {sparsity}"
+
+
+def _broken_words(breaks: Mapping[str, int]) -> list[str]:
+    """Return how often the run met each limit that held it back."""
+    return [
+        f"{words} {breaks[name]} time{'s' if breaks[name] > 1 else ''}"
+        for name, words in BROKEN.items()
+        if breaks.get(name)
+    ]
+
+
 def _position_words(performance: float, target: Values) -> str:
     low, high = max(target["low"], 0.0), target["high"]
     value_words, low_words, high_words = apart(performance, low, high)
     return f"P(forget) {value_words} is {position(performance, target)} {low_words} .. {high_words}"
 
 
-def _floor_words(floor: Values) -> str:
+def _floor_words(floor: Values, breaks: Values) -> str:
     if floor.get("retention") is None:
         return f"the floor of retention is {number_text(floor['min_retain_performance'])}"
     kept, least = apart(floor["retention"], floor["min_retain_performance"])
     if floor["held"]:
-        return f"a further step would break the floor {least}; retention on the floor rows is {kept}"
+        further = "" if breaks and "floor" not in breaks else f"a further step would break the floor {least}; "
+        return f"{further}retention on the floor rows is {kept}"
     return f"retention on the floor rows is {kept}, below the floor {least}"
