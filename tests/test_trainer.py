@@ -9,6 +9,7 @@ from conftest import FAMILY_CONFIGS, SECRETS, adapted, make_model, make_rows, ru
 from safetensors.torch import load_file
 
 from loraprune import pipeline
+from loraprune.balance import TrainingSets
 from loraprune.data import Row, encode
 from loraprune.errors import UserError
 from loraprune.folder import RunFolder
@@ -19,7 +20,7 @@ from loraprune.pipeline import run
 from loraprune.schedule import cubic
 from loraprune.settings import Settings
 from loraprune.steering import Ceiling, Limits, Probe, Probes, Steering, Target
-from loraprune.trainer import LoRAPruneTrainer, TrainingSets
+from loraprune.trainer import LoRAPruneTrainer
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +380,7 @@ def test_the_untouched_model_is_the_one_without_adapters_and_mask(tmp_path, toke
     mask = full_mask(live.groups)
     mask.kept["ffn_channel"][:, :12] = False
     live.set(mask)
-    found = trainer._untouched_log_probability(trainer.adapted)["forget"]
+    found = trainer.balance.untouched_log_probability(trainer.adapted, live)["forget"]
     batch = next(iter(trainer.get_train_dataloader()))["forget"]
     assert torch.allclose(found[batch["rows"]], untouched_rows(batch), atol=1e-4)
     assert live.value is mask

@@ -7,9 +7,7 @@ Symbols  P = performance; original = the model before the first request, the giv
 """
 
 import platform
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,15 +28,11 @@ from loraprune.export import export_model
 from loraprune.folder import RunFolder, whole_folder, write_json, write_text
 from loraprune.groups import find_groups
 from loraprune.inputs import Inputs, earlier_sets, prepare, require
-from loraprune.interval import ratio_interval
 from loraprune.ledger import FILE as LEDGER
 from loraprune.ledger import Ledger, read_ledger, removed_by_layer
 from loraprune.mask import LiveMask
-from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import (
     attach_lora,
-    checkpoint_bytes,
-    device_of,
     load_model,
     load_tokenizer,
     pad_token_id,
@@ -47,16 +41,15 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.records import KINDS, Look, Outcome, RunReport, removal_columns, removals_from
+from loraprune.records import KINDS, RunReport, removal_columns, removals_from
 from loraprune.report import model_card, result_table, write_report
+from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
 from loraprune.rules import Rules, smallest_step
 from loraprune.settings import Settings, as_values
 from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
 from loraprune.trainer import LoRAPruneTrainer, TrainingSets
 
 Values = dict[str, Any]
-WITHHELD = ("floor", "final")
-KEPT = ("floor", "final", "taught")
 LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language ability
 
 
@@ -101,7 +94,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     if not (folder.path / "model").exists():
         _train_and_cut(folder, settings, inputs, steering)
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
-    metrics = _metrics(folder, settings, inputs, steering, before, original, after)
+    metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
     _write_evidence(folder, settings, inputs, ledger, original, metrics)
     return metrics
 
@@ -402,150 +395,6 @@ def _evaluate_after(folder: RunFolder, settings: Settings, inputs: Inputs) -> Va
         }
 
 
-def _metrics(
-    folder: RunFolder,
-    settings: Settings,
-    inputs: Inputs,
-    steering: Steering,
-    before: Values,
-    original: Values,
-    after: Values,
-) -> Values:
-    decision, sets = folder.read("decision.json"), original["sets"]
-    kept = {name: retention(sets[name]["performance"], after[name]["performance"]) for name in KEPT}
-    intervals = {
-        name: ratio_interval(after["rows"][name], sets[name]["row_performance"], inputs.facts[name])
-        for name in WITHHELD
-    }
-    seconds = _seconds(folder)
-    values: Values = {
-        "schema": 1,
-        "task": "unlearn" if settings.is_unlearning else "prune",
-        "model": {
-            "parameters": {"before": before["parameters"], "after": after["parameters"]},
-            "bytes": {
-                "before": checkpoint_bytes(settings.model),
-                "after": checkpoint_bytes(str(folder.path / "model")),
-            },
-            "groups": decision["groups"],
-            "class": after["class"],
-        },
-        "sparsity": (before["parameters"] - after["parameters"]) / before["parameters"],
-        "sparsity_goal": settings.sparsity,
-        "scores_left_out": decision["scores_left_out"],
-        "steps_left_out": decision["steps_left_out"],
-        "breaks": decision["breaks"],
-        "forget": None,
-        "forget_drop": None,
-        "unlearning_efficiency": None,
-        "retain": {"before": before["final"], "after": after["final"], "original": sets["final"]["performance"]},
-        "retain_taught": {"before": before["taught"], "after": after["taught"]},
-        "holdout": _pair("holdout", before, after),
-        "bystander": _pair("bystander", before, after),
-        "retention": kept["final"],
-        "retention_interval": intervals["final"],
-        "retention_taught": kept["taught"],
-        "retention_against": original["source"]["floor"],
-        "floor": {
-            "min_retain_performance": settings.min_retain_performance,
-            "held": kept["floor"] >= settings.min_retain_performance,
-            "retention": kept["floor"],
-            "interval": intervals["floor"],
-            "rows": after["floor"]["rows"],
-            "facts": after["floor"]["facts"],
-        },
-        "guard": _guard_metrics(settings, before, original, after),
-        "already_forgotten": _earlier_metrics(settings, steering, before, after),
-        "target": None,
-        "seconds": seconds,
-        "peak_memory_bytes": _peak_memory(settings),
-    }
-    target = steering.target
-    if target is not None:
-        values |= _forget_metrics(before, after, target, kept["final"], seconds["total"])
-    values["outcome"] = _outcome(values, settings, target, decision)
-    values["goal_met"] = values["outcome"] == ("target_reached" if target is not None else "budget_spent")
-    return values
-
-
-def _pair(name: str, before: Values, after: Values) -> Values | None:
-    return {"before": before[name], "after": after[name]} if name in before else None
-
-
-def _guard_metrics(settings: Settings, before: Values, original: Values, after: Values) -> Values | None:
-    if (pair := _pair("guard", before, after)) is None:
-        return None
-    ratio = after["guard"]["loss"] / original["sets"]["guard"]["loss"]
-    most = settings.max_guard_loss_ratio
-    return {**pair, "loss_ratio": ratio, "max_guard_loss_ratio": most, "held": ratio <= most}
-
-
-def _earlier_metrics(settings: Settings, steering: Steering, before: Values, after: Values) -> list[Values]:
-    """Return each earlier request's set before and after, with its ceiling."""
-    return [
-        {
-            "before": before[name],
-            "after": after[name],
-            "reference": before.get("reference", {}).get(name),
-            "ceiling": one.high,
-            "held": after[name]["performance"] <= one.high,
-        }
-        for name, one in zip(earlier_sets(settings), steering.ceilings, strict=True)
-    ]
-
-
-def _forget_metrics(before: Values, after: Values, target: Target, kept: float, seconds: float) -> Values:
-    drop = forget_drop(before["forget"]["performance"], after["forget"]["performance"])
-    removed = before["parameters"] - after["parameters"]
-    reference = before.get("reference", {}).get("forget")
-    return {
-        "forget": {"before": before["forget"], "after": after["forget"], "reference": reference},
-        "forget_drop": drop,
-        "unlearning_efficiency": unlearning_efficiency(drop, kept, seconds, removed),
-        "target": target.as_values(),
-    }
-
-
-def _outcome(values: Values, settings: Settings, target: Target | None, decision: Values) -> Outcome:
-    """Return what ended the run: the goal, or what stood in its way.
-
-    A run that missed its target and that a limit held back, be it once, ended at the floor: with less to keep it would
-    have gone further.
-    """
-    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
-    arrived = target is None or target.holds(values["forget"]["after"]["performance"])
-    held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
-    held_back = any(decision["breaks"].get(name) for name in ("floor", "guard", "ceiling"))
-    if not all(one["held"] for one in held):
-        return "floor_reached"
-    if enough and arrived:
-        return "budget_spent" if target is None else "target_reached"
-    if decision["ended_by"] in ("floor", "guard", "ceiling") or (held_back and not arrived):
-        return "floor_reached"
-    return "no_candidates" if not enough or decision["ended_by"] == "no_candidates" else "budget_spent"
-
-
-def _seconds(folder: RunFolder) -> Values:
-    """Return the seconds spent by kind of work, from the events; training counts all starts of a resumed run."""
-    stages = [one for one in folder.events() if one["event"] == "stage"]
-    train = next(one for one in reversed(stages) if one["name"] == "train")
-    evaluate = sum(one["duration"] for one in stages if one["name"] == "evaluate")
-    seconds = {
-        "score": train["score"],
-        "train": train["duration"] - train["score"],
-        "evaluate": evaluate,
-        "total": train["duration"] + evaluate,
-    }
-    return {name: round(one, 3) for name, one in seconds.items()}
-
-
-def _peak_memory(settings: Settings) -> int:
-    if device_of(settings).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _write_evidence(
     folder: RunFolder, settings: Settings, inputs: Inputs, ledger: Ledger, original: Values, metrics: Values
 ) -> None:
@@ -558,7 +407,7 @@ def _write_evidence(
     write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
     decision = folder.read("decision.json")
     ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"]}
-    folder.event("stop", step=decision["steps"], **ends, **_last_look(metrics, decision["kept_by_layer"]))
+    folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))
     write_json(folder.path / "metrics.json", metrics)
 
 
@@ -587,21 +436,6 @@ def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, origina
         "ledger": [*ledger.entries, entry],
         "original": {**(ledger.original or {}), **first, **found},
     }
-
-
-def _last_look(metrics: Values, kept_by_layer: Mapping[str, Sequence[int]]) -> Values:
-    """Return the written model as a look, so that the last event holds the numbers that count."""
-    forget = (metrics["forget"] or {}).get("after", {})
-    return Look(
-        sparsity=metrics["sparsity"],
-        retention=metrics["floor"]["retention"],
-        retention_interval=metrics["floor"]["interval"],
-        forget=forget.get("performance"),
-        forget_interval=forget.get("performance_interval"),
-        guard_loss_ratio=(metrics["guard"] or {}).get("loss_ratio"),
-        already_forgotten=tuple(one["after"]["performance"] for one in metrics["already_forgotten"]),
-        groups={kind: tuple(kept_by_layer[kind]) for kind in KINDS},
-    ).as_values()
 
 
 def _tidy(folder: RunFolder) -> None:

@@ -6,12 +6,11 @@ Source   transformers.Trainer; its loop is used as it is
 Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain set
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from loraprune.balance import Balance, TrainingSets, joined
 from loraprune.checkpoint import (
     Point,
     RunState,
@@ -32,11 +32,9 @@ from loraprune.checkpoint import (
     save_state,
 )
 from loraprune.data import Example, PairedBatches, batches_by_length, collate
-from loraprune.evaluate import answer_values
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
 from loraprune.model import merged
-from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, retain_loss, row_sums
 from loraprune.progress import Advance, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
 from loraprune.records import DatasetType, Decision, Look
@@ -46,23 +44,7 @@ from loraprune.sensitivity import nonfinite_layers, score_model, update_sensitiv
 from loraprune.settings import Settings
 from loraprune.steering import Steering, take_look
 
-Item = TypeVar("Item")
 Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
-
-
-@dataclass(frozen=True)
-class TrainingSets:
-    """The tokenised sets that a run trains on; no forget set means plain compression."""
-
-    taught: Sequence[Example]
-    forget: Sequence[Example] | None
-    pad_token_id: int
-    already_forgotten: tuple[Sequence[Example], ...] = ()  # a set for each earlier request
-
-    def scored(self) -> list[tuple[DatasetType, Sequence[Example]]]:
-        """Return the sets whose sensitivities decide."""
-        sets: list[tuple[DatasetType, Sequence[Example]]] = [("retain", self.taught)]
-        return sets if self.forget is None else [*sets, ("forget", self.forget)]
 
 
 def _show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
@@ -99,24 +81,13 @@ class LoRAPruneTrainer(Trainer):
         self.advance: Advance = _show_nothing
         self.undone = 0  # roll-backs of the pruning step that is being tried
         self.clock = monotonic()
-        self.base_log_probability = self._untouched_log_probability(model)
+        self.balance = Balance(model, settings, sets, live, steering)
         restore_state(model, self.saved.now.state)
         self.adapted = model
         arguments = _training_arguments(settings, folder / "logs", main + settings.finish_steps)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Between(self))
-
-    def _untouched_log_probability(self, model: PeftModel) -> dict[str, Tensor]:
-        """Return log p of every answer that is pushed down under the model to start from: adapters off, mask off."""
-        pushed = {"forget": self.sets.forget or (), "already_forgotten": _joined(self.sets.already_forgotten)}
-        size: dict[str, Any] = {"batch_size": self.settings.evaluate_batch_size, "pad_token_id": self.sets.pad_token_id}
-        with self.live.lifted(), model.disable_adapter():
-            return {
-                name: answer_values(model, examples, **size).log_probability.float()
-                for name, examples in pushed.items()
-                if examples
-            }
 
     def run(self) -> None:
         """Train, prune and recover to the end; a run whose end was saved already is left as it is."""
@@ -152,7 +123,7 @@ class LoRAPruneTrainer(Trainer):
         pairs = PairedBatches(
             self.sets.taught,
             self.sets.forget,
-            _joined(self.sets.already_forgotten),
+            joined(self.sets.already_forgotten),
             retain_batch_size=self.settings.retain_batch_size,
             forget_batch_size=self.settings.forget_batch_size,
             pad_token_id=self.sets.pad_token_id,
@@ -180,49 +151,10 @@ class LoRAPruneTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return retain loss + forget_retain_ratio x what pushes the forget sets down, of a batch of each set."""
-        batch = inputs["retain"]
-        logits = logits_of(model, batch)
-        loss = retain_loss(logits, batch["labels"])
-        for name, weight in self._weights().items():
-            if name in inputs:
-                pushed = self._pushed_down(model, inputs[name], self.base_log_probability[name], weight)
-                loss = loss + self.settings.forget_retain_ratio * pushed
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _weights(self) -> dict[str, "Weight"]:
-        """Return by what each set is pushed down at this step, given a batch's rows and their P."""
-        if self.settings.forget_loss == "none":
-            return {}
-        weights: dict[str, Weight] = {"already_forgotten": self._held_down}
-        return {"forget": self._faded, **weights} if self.run_state.forgetting else weights
-
-    def _faded(self, rows: Tensor, performance: Tensor) -> float:
-        """Return the weight of a forget batch: 1 at P before, 0 at the target; less after steps that were undone."""
-        target, before = self.steering.target, self.steering.forget_before
-        left = 1.0 if target is None or before is None else target.way_left(float(performance.mean()), before)
-        return self.run_state.forget_weight * left
-
-    def _held_down(self, rows: Tensor, performance: Tensor) -> float:
-        """Return the weight of a batch of earlier requests: 0 where they rest, 1 at their ceilings."""
-        counts = torch.tensor([len(one) for one in self.sets.already_forgotten])
-        which = torch.arange(len(counts)).repeat_interleave(counts)[rows.cpu()]
-        rest, high = (
-            torch.tensor([getattr(one, name) for one in self.steering.ceilings])[which].mean()
-            for name in ("rest", "high")
+        loss, logits = self.balance.loss(
+            model, inputs, forgetting=self.run_state.forgetting, forget_weight=self.run_state.forget_weight
         )
-        return float(((performance.mean().cpu() - rest) / (high - rest).clamp(min=1e-6)).clamp(0.0, 1.0))
-
-    def _pushed_down(
-        self, model: torch.nn.Module, batch: Mapping[str, Tensor], base: Tensor, weight: "Weight"
-    ) -> Tensor:
-        logits = logits_of(model, batch)
-        values, counted = answer_log_probabilities(logits, batch["labels"])
-        rows, tokens = row_sums(values, counted), counted.sum(1)
-        factor = weight(batch["rows"], (rows.detach() / tokens).exp())
-        if factor == 0.0:
-            return rows.new_zeros(())
-        untouched = base.to(rows.device)[batch["rows"]]
-        return factor * forget_loss(self.settings.forget_loss, rows, tokens, untouched, self.settings.forget_loss_beta)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -270,7 +202,7 @@ class LoRAPruneTrainer(Trainer):
         looked, duration = self._look(), round(monotonic() - begun, 3)
         rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored()}
         self.run_state.score_seconds += duration
-        self.record("score", looked, rows=rows, non_finite=_joined(broken.values()), duration=duration)
+        self.record("score", looked, rows=rows, non_finite=joined(broken.values()), duration=duration)
         if any(broken.values()):
             return
         if not self.steering.limits.broken(looked):
@@ -462,13 +394,6 @@ class LoRAPruneTrainer(Trainer):
         self.log(self.compute_unlearning_metrics(look))
         shown = {"forget": look.forget, "retention": look.retention}
         self.note = "  ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None)
-
-
-Weight = Callable[[Tensor, Tensor], float]  # of a batch, from its rows' numbers and their P
-
-
-def _joined(sequences: Iterable[Sequence[Item]]) -> list[Item]:
-    return [item for one in sequences for item in one]
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, float]:
