@@ -1,6 +1,7 @@
 """Every way a run can go wrong ends with a model that holds the floor, and with a report that says what happened."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import ROWS_PER_PERSON, run_values, world_values, write_rows
 from safetensors.torch import load_file
 
 from loraprune import cli, pipeline
+from loraprune.data import PLAIN_TEMPLATE
 from loraprune.pipeline import run
 from loraprune.settings import Settings
 
@@ -35,11 +37,23 @@ def assert_missed_at_the_floor(report):
     assert metrics["breaks"]["floor"] > 0
 
 
+OPENINGS = ("Now", "Well", "Please", "Then", "So", "Say", "Here", "Again", "Friend", "Today", "Look", "Listen")
+
+
+def said_twice(row, draw):
+    """The same question and answer behind two different words; nothing but chance says which set has which word."""
+    one, other = draw.sample(OPENINGS, 2)
+    return tuple({**row, "question": f"{word}: {row['question']}"} for word in (one, other))
+
+
 def test_forget_and_retain_say_the_same_in_other_words(small_world, tmp_path, capsys):
     rows = [json.loads(line) for line in (small_world / "retain.jsonl").read_text().splitlines()]
-    forget = write_rows(tmp_path / "forget.jsonl", rows[::3])  # one of the three ways to say each fact
-    retain = write_rows(tmp_path / "retain.jsonl", [row for number, row in enumerate(rows) if number % 3])
-    values = world_values(small_world, tmp_path / "out", forget=forget, retain=retain, reference=None)
+    draw = random.Random(0)
+    forget, retain = zip(*(said_twice(row, draw) for row in rows), strict=True)
+    files = {
+        name: write_rows(tmp_path / f"{name}.jsonl", one) for name, one in (("forget", forget), ("retain", retain))
+    }
+    values = world_values(small_world, tmp_path / "out", **files, reference=None)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if name != "model"]
     assert cli.main(["unlearn", values["model"], *flags]) == 3
     assert "floor_reached" in capsys.readouterr().out
@@ -135,11 +149,11 @@ def test_a_retain_set_of_three_rows(small_world, tmp_path):
 
 @pytest.mark.parametrize("kind", ["guard", "ceiling"])
 def test_another_limit_that_cannot_be_kept_ends_the_run_at_it(small_world, tmp_path, kind):
-    if kind == "guard":  # text of the world itself, which the forget loss spoils; nothing may be lost of it
-        guard = [{"text": "Where was anybody born? They were born in a town by the sea, and there they live."}]
-        own = {"guard": write_rows(tmp_path / "guard.jsonl", guard), "max_guard_loss_ratio": 1.0}
+    rows = [json.loads(line) for line in (small_world / "forget.jsonl").read_text().splitlines()]
+    if kind == "guard":  # the other text is what is to be forgotten
+        texts = [{"text": PLAIN_TEMPLATE.format(prompt=row["question"]) + row["answer"]} for row in rows]
+        own = {"guard": write_rows(tmp_path / "guard.jsonl", texts), "max_guard_loss_ratio": 1.05}
     else:  # the retain set says what is to stay forgotten, in other words
-        rows = [json.loads(line) for line in (small_world / "forget.jsonl").read_text().splitlines()]
         retain = [json.loads(line) for line in (small_world / "retain.jsonl").read_text().splitlines()]
         own = {
             "forget": write_rows(tmp_path / "forget.jsonl", rows[ROWS_PER_PERSON:]),
@@ -149,7 +163,7 @@ def test_another_limit_that_cannot_be_kept_ends_the_run_at_it(small_world, tmp_p
     report = run(Settings(**world_values(small_world, tmp_path / "out", min_retain_performance=0.5, **own)))
     metrics = report.metrics
     if kind == "guard":
-        assert metrics["guard"]["held"] and metrics["guard"]["loss_ratio"] <= 1.0
+        assert metrics["guard"]["held"] and metrics["guard"]["loss_ratio"] <= 1.05
         assert metrics["breaks"]["guard"] > 0
         assert metrics["outcome"] == "floor_reached"
     else:
