@@ -1,4 +1,4 @@
-"""Plan: the entry `train(forget_dataset, retain_dataset, ...)`, under the plan's and LoRAPrune's names.
+"""Scripts: the entry `train(forget_dataset, retain_dataset, ...)`, under the plan's and LoRAPrune's names.
 
 Reads    keyword arguments, or flags such as --base_model (dashes are read too)
 Gives    train, and a script whose exit code is that of `loraprune unlearn` or `loraprune prune`
@@ -82,7 +82,7 @@ def spelt(setting: str) -> str:
     return "--" + next((name for name, settings in PLAN_NAMES.items() if settings == (setting,)), setting)
 
 
-def plan_parser(program: str, text: str, settings: Collection[str]) -> Parser:
+def script_parser(program: str, text: str, settings: Collection[str]) -> Parser:
     """Return a parser of these settings under the plan's names and under their own."""
     parser = Parser(prog=program, description=text, usage=f"{program} [settings]")
     plan, own = parser.add_argument_group("names of the plan"), parser.add_argument_group("all settings")
@@ -113,5 +113,5 @@ def underscored(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the script and return its exit code; None takes the process's own arguments."""
     given = sys.argv[1:] if arguments is None else arguments
-    parser = plan_parser("prune.py", "Unlearn a forget set, or compress a model.", setting_names())
+    parser = script_parser("prune.py", "Unlearn a forget set, or compress a model.", setting_names())
     return exit_code(lambda: code_of(train(**read(parser, given))), debug="--debug" in given)
