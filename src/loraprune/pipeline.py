@@ -6,6 +6,7 @@ Source   -
 Symbols  P = performance
 """
 
+import gc
 import platform
 import resource
 import shutil
@@ -64,7 +65,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     folder.check()
     with quiet_libraries():
         inputs = prepare(settings)
-        _refuse_changed_inputs(folder, settings, inputs)
+        refuse_changed_inputs(folder, settings, inputs)
         if (metrics := folder.read("metrics.json")) is None:
             folder.open()
             metrics = _run_stages(folder, settings, inputs, console)
@@ -85,6 +86,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     _say_overlap(inputs, console)
     if not (folder.path / "model").exists():
         _train_and_cut(folder, settings, inputs, before, target)
+        gc.collect()  # trainer and model refer to each other: else both would be there beside the model that comes out
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
     metrics = _metrics(folder, settings, before, after, target)
     _write_evidence(folder, settings, inputs, metrics)
@@ -96,7 +98,7 @@ def _hashes(settings: Settings, inputs: Inputs) -> Values:
     return {"data_sha256": data, "weights_sha256": weights_hash(settings.model)}
 
 
-def _refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
+def refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
     """Raise UserError when the data or the weights are not those that the run in the folder began with."""
     if (begun := folder.read("inputs.json")) is None:
         return
