@@ -138,7 +138,7 @@ def test_a_word_beside_the_model_is_refused():
 def test_an_unknown_command_is_refused_with_the_nearest_one():
     assert refused("unlern", "m") == (
         "error  there is no command unlern.\n"
-        "why    the first word names the command: unlearn, prune, evaluate, demo.\n"
+        "why    the first word names the command: unlearn, prune, evaluate, plan, demo.\n"
         "fix    did you mean loraprune unlearn?"
     )
 

@@ -264,7 +264,7 @@ class LoRAPruneTrainer(Trainer):
     def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> bool:
         """Score one set and average the score in; return whether it was finite, else nothing is pruned at this step."""
         settings, state, begun = self.settings, self.run_state, monotonic()
-        sample = _sample(examples, settings.score_rows, settings.seed)
+        sample = score_sample(examples, settings.score_rows, settings.seed)
         new = score_model(
             self.adapted,
             self.live,
@@ -394,7 +394,7 @@ class _Between(TrainerCallback):
             self.trainer.record("train", step=self.trainer.run_state.step, **kept)
 
 
-def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """Return the same sample at every pruning step, so that scores differ by the model alone."""
     if len(examples) <= count:
         return list(examples)
