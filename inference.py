@@ -12,7 +12,7 @@ from typing import Any
 
 from loraprune.cli import COMMANDS, GOAL_MET, exit_code
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
-from loraprune.plan import plan_parser, read, settings_of
+from loraprune.scripts import read, script_parser, settings_of
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _call(arguments: list[str]) -> int:
     text = "Measure a model on the forget set and the retain set."
-    parser = plan_parser("inference.py", text, COMMANDS["evaluate"].settings)
+    parser = script_parser("inference.py", text, COMMANDS["evaluate"].settings)
     parser.add_argument("--original_model", default="", help="The model before unlearning; adds what changed.")
     return evaluate(**read(parser, arguments))
 

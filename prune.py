@@ -1,7 +1,7 @@
-"""Prune: the plan's script; `train` and everything behind it is loraprune.plan."""
+"""Prune: the plan's script; `train` and everything behind it is loraprune.scripts."""
 
-from loraprune.plan import main
-from loraprune.plan import train as train
+from loraprune.scripts import main
+from loraprune.scripts import train as train
 
 if __name__ == "__main__":
     raise SystemExit(main())

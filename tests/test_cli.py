@@ -155,7 +155,7 @@ def test_a_status_takes_a_folder_and_no_settings():
 def test_an_unknown_command_is_refused_with_the_nearest_one():
     assert refused("unlern", "m") == (
         "error  there is no command unlern.\n"
-        "why    the first word names the command: unlearn, prune, evaluate, status, demo.\n"
+        "why    the first word names the command: unlearn, prune, evaluate, status, plan, demo.\n"
         "fix    did you mean loraprune unlearn?"
     )
 
@@ -350,52 +350,52 @@ def test_the_module_runs_as_the_script_does():
 
 
 @pytest.fixture
-def plan(monkeypatch):
+def scripts(monkeypatch):
     """Return the script prune.py as a module."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from loraprune import plan
+    from loraprune import scripts
 
-    return plan
+    return scripts
 
 
-def test_the_plans_names_stand_for_settings(plan):
+def test_the_plans_names_stand_for_settings(scripts):
     values = {"base_model": "m", "data_path": "d", "output_dir": "o", "ratio": 0.5, "cutoff_len": 64, "prune_freq": 5}
-    settings = plan.settings_of(values | {"prune_metric": "lora", "lora_r": 4, "lora_target_modules": ["q_proj"]})
+    settings = scripts.settings_of(values | {"prune_metric": "lora", "lora_r": 4, "lora_target_modules": ["q_proj"]})
     assert (settings.model, settings.data, settings.output, settings.sparsity) == ("m", "d", "o", 0.5)
     assert (settings.max_length, settings.prune_every, settings.metric, settings.lora_rank) == (64, 5, "lora", 4)
     assert settings.target_modules == ("q_proj",)
 
 
-def test_a_batch_size_counts_for_both_sets_unless_one_is_given_apart(plan):
+def test_a_batch_size_counts_for_both_sets_unless_one_is_given_apart(scripts):
     values = {"base_model": "m", "forget_dataset": "f", "retain_dataset": "r", "output_dir": "o", "batch_size": 4}
-    settings = plan.settings_of(values)
+    settings = scripts.settings_of(values)
     assert (settings.forget_batch_size, settings.retain_batch_size) == (4, 4)
-    settings = plan.settings_of(values | {"forget_batch_size": 2})
+    settings = scripts.settings_of(values | {"forget_batch_size": 2})
     assert (settings.forget_batch_size, settings.retain_batch_size) == (2, 4)
 
 
-def test_a_batch_size_serves_compression_as_well(plan):
+def test_a_batch_size_serves_compression_as_well(scripts):
     values = {"base_model": "m", "data_path": "d", "output_dir": "o", "ratio": 0.5, "batch_size": 4}
-    assert plan.settings_of(values).retain_batch_size == 4
+    assert scripts.settings_of(values).retain_batch_size == 4
 
 
-def test_the_plans_flags_are_read_with_underscores_and_dashes(plan):
-    parser = plan.plan_parser("prune.py", "", plan.setting_names())
+def test_the_plans_flags_are_read_with_underscores_and_dashes(scripts):
+    parser = scripts.script_parser("prune.py", "", scripts.setting_names())
     arguments = ["--base_model", "m", "--forget-dataset=f-g", "--unlearning_threshold", "0.6", "--no-allow-overlap"]
     expected = {"base_model": "m", "forget_dataset": "f-g", "unlearning_threshold": 0.6, "allow_overlap": False}
-    assert plan.read(parser, arguments) == expected
+    assert scripts.read(parser, arguments) == expected
 
 
-def test_the_plans_script_and_the_command_line_ask_for_the_same_run(plan):
+def test_the_plans_script_and_the_command_line_ask_for_the_same_run(scripts):
     values = {"base_model": "m", "forget_dataset": "f.jsonl", "retain_dataset": "r.jsonl", "output_dir": "out"}
-    assert plan.settings_of(values | {"data_path": ""}) == cli.settings_of(UNLEARN)
+    assert scripts.settings_of(values | {"data_path": ""}) == cli.settings_of(UNLEARN)
 
 
-def test_train_refuses_what_is_missing_or_unknown(plan):
+def test_train_refuses_what_is_missing_or_unknown(scripts):
     with pytest.raises(UserError, match="--base_model, --retain_dataset, --output_dir are missing"):
-        plan.train(forget_dataset="f")
+        scripts.train(forget_dataset="f")
     with pytest.raises(UserError, match="there is no setting num_epochs"):
-        plan.train(base_model="m", data_path="d", output_dir="o", num_epochs=3)
+        scripts.train(base_model="m", data_path="d", output_dir="o", num_epochs=3)
 
 
 @pytest.mark.parametrize("script", ["prune.py", "inference.py"])

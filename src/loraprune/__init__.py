@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from loraprune.groups import find_groups as find_groups
     from loraprune.mask import LiveMask as LiveMask
     from loraprune.pipeline import run as run
-    from loraprune.plan import train as train
     from loraprune.pruning import local_prune as local_prune
     from loraprune.pruning import unlearning_prune as unlearning_prune
+    from loraprune.scripts import train as train
     from loraprune.sensitivity import compute_dual_sensitivity as compute_dual_sensitivity
     from loraprune.sensitivity import compute_sensitivity as compute_sensitivity
     from loraprune.sensitivity import update_sensitivity_dict as update_sensitivity_dict
@@ -39,7 +39,7 @@ _HOMES = {
     "local_prune": "pruning",
     "run": "pipeline",
     "run_demo": "demo",
-    "train": "plan",
+    "train": "scripts",
     "unlearning_prune": "pruning",
     "update_sensitivity_dict": "sensitivity",
 }

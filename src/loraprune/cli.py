@@ -73,6 +73,7 @@ class Command:
     takes_any_file: bool = False  # a settings file may hold settings that steer nothing here
     first_word: str = "model"  # the setting that is written without a flag
     others: Arguments = field(default_factory=dict)  # arguments that are no settings
+    only_looks: bool = False  # at the run of unlearn or of prune that the values ask for; it takes that one's settings
 
     @property
     def flagged(self) -> tuple[str, ...]:
@@ -109,6 +110,21 @@ def _status(settings: Settings, options: Namespace) -> int:
 
     status = read_status(Path(settings.output))
     print(json.dumps(asdict(status), indent=2) if options.json else status_text(status, settings.output))
+    return GOAL_MET
+
+
+def _plan(settings: Settings, options: Namespace) -> int:
+    from loraprune.plan import make_plan
+
+    values = make_plan(settings)
+    if options.json:
+        print(json.dumps(values, indent=2))
+        return GOAL_MET
+    from rich.console import Console
+
+    from loraprune.plan_tables import show_plan
+
+    show_plan(values, Console())
     return GOAL_MET
 
 
@@ -150,6 +166,15 @@ COMMANDS: dict[str, Command] = {
         _status,
         first_word="output",
         others=JSON,
+    ),
+    "plan": Command(
+        "Look before you leap: every check of a run, candidates, memory and time; changes nothing. The flags are those "
+        "of unlearn, or of prune where --data is given; --output may be left out.",
+        tuple(setting_names()),
+        ("model", "forget", "retain"),
+        _plan,
+        others={**JSON, **CONFIG},
+        only_looks=True,
     ),
     "demo": Command(
         "Train a tiny model, make it forget a part of what it learnt, and show the result; no download.",
@@ -229,10 +254,22 @@ def complete(command: str, values: Mapping[str, Any], spell: Callable[[str], str
     Raises UserError for a setting that is missing, foreign to the command or out of range; `spell` gives the flag
     by which a missing one is named.
     """
-    settings = settings_from({**COMMANDS[command].defaults, **values})
-    _refuse_foreign(command, settings)
-    _refuse_missing(command, settings, spell or partial(_spelt, command))
+    run = _looked_at(values) if COMMANDS[command].only_looks else command
+    settings = settings_from({**COMMANDS[run].defaults, **values})
+    _refuse_foreign(run, settings)
+    _refuse_missing(settings, _required(command, run), spell or partial(_spelt, run))
     return settings
+
+
+def _looked_at(values: Mapping[str, Any]) -> str:
+    """Return the command whose run the values ask for: unlearn where a forget or a retain set is given, else prune."""
+    return "unlearn" if values.get("forget") or values.get("retain") or not values.get("data") else "prune"
+
+
+def _required(command: str, run: str) -> tuple[str, ...]:
+    """Return what must be given: all that the run needs, without the folder of a run that is only looked at."""
+    required = COMMANDS[run].required
+    return required if command == run else tuple(name for name in required if name != "output")
 
 
 def _refuse_foreign(command: str, settings: Settings) -> None:
@@ -243,8 +280,7 @@ def _refuse_foreign(command: str, settings: Settings) -> None:
             raise _foreign(f"loraprune {command}", name, name)
 
 
-def _refuse_missing(command: str, settings: Settings, spell: Callable[[str], str]) -> None:
-    required = COMMANDS[command].required
+def _refuse_missing(settings: Settings, required: tuple[str, ...], spell: Callable[[str], str]) -> None:
     missing = [spell(name) for name in required if getattr(settings, name) in (None, "")]
     if missing:
         raise UserError(
@@ -255,7 +291,7 @@ def _refuse_missing(command: str, settings: Settings, spell: Callable[[str], str
 
 
 def _foreign(program: str, name: str, written: str) -> UserError:
-    takers = [command for command, one in COMMANDS.items() if name in one.settings]
+    takers = [command for command, one in COMMANDS.items() if name in one.settings and not one.only_looks]
     return UserError(
         f"{program} takes no {written}.",
         f"it is a setting of loraprune {', '.join(takers)}, and would be ignored here.",

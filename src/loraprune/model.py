@@ -198,6 +198,11 @@ def attach_lora(model: Any, settings: Settings) -> PeftModel:
     return get_peft_model(model, lora_config(settings))
 
 
+def lora_layers(model: PeftModel) -> list[Any]:
+    """Return the layers that carry adapters."""
+    return [one for one in model.modules() if isinstance(one, LoraLayer)]
+
+
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
     """Run the model with its adapters merged inside this block, rounded as they will be written.
@@ -205,7 +210,7 @@ def merged(model: PeftModel) -> Iterator[None]:
     Afterwards the weights are back bit for bit, which subtracting what was added would not give.
     """
     tuner: Any = model.base_model
-    weights: list[Any] = [one.get_base_layer().weight for one in model.modules() if isinstance(one, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in lora_layers(model)]
     kept = [one.detach().to("cpu", copy=True) for one in weights]
     tuner.merge_adapter()
     try:

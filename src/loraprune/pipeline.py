@@ -6,6 +6,7 @@ Source   -
 Symbols  P = performance; original = the model before the first request, the given model where this is the first
 """
 
+import gc
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     with quiet_libraries():
         inputs = prepare(settings)
         with folder.held(console.print):
-            _refuse_changed_inputs(folder, settings, inputs)
+            refuse_changed_inputs(folder, settings, inputs)
             if (metrics := folder.read("metrics.json")) is None:
                 folder.open()
                 with folder.withdrawn_if_refused():
@@ -93,6 +94,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     _say_overlap(inputs, console)
     if not (folder.path / "model").exists():
         _train_and_cut(folder, settings, inputs, steering)
+        gc.collect()  # trainer and model refer to each other: else both would be there beside the model that comes out
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
     metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
     _write_evidence(folder, settings, inputs, ledger, original, metrics)
@@ -105,7 +107,7 @@ def _hashes(settings: Settings, inputs: Inputs) -> Values:
     return values | ({"original_sha256": weights_hash(settings.original)} if settings.original else {})
 
 
-def _refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
+def refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
     """Raise UserError when the data or the weights are not those that the run in the folder began with."""
     if (begun := folder.read("inputs.json")) is None:
         return

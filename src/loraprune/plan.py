@@ -1,117 +1,227 @@
-"""Plan: the entry `train(forget_dataset, retain_dataset, ...)`, under the plan's and LoRAPrune's names.
+"""Plan: look before you leap: every check of a run, a scored sample, and what the run will need; changes nothing.
 
-Reads    keyword arguments, or flags such as --base_model (dashes are read too)
-Gives    train, and a script whose exit code is that of `loraprune unlearn` or `loraprune prune`
-Source   the unlearning plan, section 1; LoRAPrune's prune.py, for the names
-Symbols  -
+Reads    Settings, as the run would
+Gives    make_plan: plain values, which plan_tables.py shows and --json prints
+Source   -
+Symbols  share = S / (1 + S); a slice is one group of a kind in every layer
 """
 
-import sys
-from collections.abc import Collection, Mapping
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from loraprune.cli import COMMANDS, Parser, add_debug, add_setting, code_of, complete, exit_code, given_values
-from loraprune.records import RunReport
-from loraprune.settings import Settings, setting_names, text_of
+from transformers import PretrainedConfig
 
-# The plan's names on the left, the settings they stand for on the right; all other settings keep their own names.
-PLAN_NAMES: dict[str, tuple[str, ...]] = {
-    "base_model": ("model",),
-    "output_dir": ("output",),
-    "reference_model": ("reference",),
-    "forget_dataset": ("forget",),
-    "retain_dataset": ("retain",),
-    "holdout_dataset": ("holdout",),
-    "data_path": ("data",),
-    "cutoff_len": ("max_length",),
-    "batch_size": ("forget_batch_size", "retain_batch_size"),
-    "prune_metric": ("metric",),
-    "ratio": ("sparsity",),
-    "prune_freq": ("prune_every",),
-    "lora_r": ("lora_rank",),
-    "lora_target_modules": ("target_modules",),
-}
+from loraprune.decision import Rules, decide_compression, decide_unlearning
+from loraprune.folder import RunFolder
+from loraprune.inputs import Inputs, prepare, require
+from loraprune.ledger import read_ledger
+from loraprune.mask import full_mask
+from loraprune.model import device_of, quiet_libraries, weights_hash
+from loraprune.pipeline import refuse_changed_inputs
+from loraprune.progress import stage
+from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
+from loraprune.sensitivity import SensitivityDict
+from loraprune.settings import Settings
+from loraprune.surgery import cut_config
+from loraprune.trial import Trial
 
-SETS_OF_UNLEARNING = {"forget_dataset", "forget", "retain_dataset", "retain"}
+Values = dict[str, Any]
+THRESHOLDS = tuple(tenths / 10 for tenths in range(1, 10))
+SHOWN_PAIRS = 3
 
 
-def train(
-    forget_dataset: str = "",
-    retain_dataset: str = "",
-    base_model: str = "",
-    data_path: str = "",
-    output_dir: str = "",
-    **settings: Any,
-) -> RunReport:
-    """Unlearn the forget set, or compress on `data_path` where no forget set is given, and return the run's report.
+def make_plan(settings: Settings) -> Values:
+    """Return what a run under these settings would meet; raise the UserError with which it would end at once.
 
-    `settings` are further names of the plan (`ratio=0.3`) or settings under their own names (`seed=1`); a setting
-    given under its own name wins.
+    Loads the weights to score a sample and to run small passes; nothing is written but in a temporary folder.
     """
-    named = {"forget_dataset": forget_dataset, "retain_dataset": retain_dataset, "base_model": base_model}
-    checked = settings_of({**named, "data_path": data_path, "output_dir": output_dir, **settings})
-    from loraprune.pipeline import run
+    with quiet_libraries():
+        inputs = check_run(settings)
+        with TemporaryDirectory() as scratch, stage("plan", 4) as advance:
+            trial = Trial(settings, inputs, Path(scratch))
+            advance(1, "model loaded")
+            sensitivities = trial.score()
+            advance(1, "sample scored")
+            decide = Decider(sensitivities, trial.groups, trial.trainer.rules)
+            goal = decide.at_goal(settings)
+            values: Values = {
+                "schema": 1,
+                "task": "unlearn" if settings.is_unlearning else "prune",
+                "device": str(device_of(settings)),
+                "groups": group_values(trial.groups, decide),
+                "shares": share_values(settings, trial, decide) if settings.is_unlearning else None,
+                "overlap": overlap_values(inputs),
+                "checkpoint": checkpoint_values(inputs.config, trial.groups, goal),
+            }
+            estimates = trial.estimates(goal)
+            advance(2, "passes measured")
+    return values | estimates
 
-    return run(checked)
+
+def check_run(settings: Settings) -> Inputs:
+    """Return the inputs after every check that a run makes before it begins; without --output no folder is checked."""
+    require(replace(settings, output=settings.output or "."))
+    folder = RunFolder(Path(settings.output), settings) if settings.output else None
+    if folder is not None:
+        folder.check()
+    inputs = prepare(settings)
+    read_ledger(settings.model, weights_hash(settings.model)).next_id(settings.request_id)
+    if folder is not None:
+        refuse_changed_inputs(folder, settings, inputs)
+    return inputs
 
 
-def settings_of(values: Mapping[str, Any], command: str | None = None) -> Settings:
-    """Return the checked settings that values under the plan's names, or settings' own, stand for; "" is unset.
-
-    The command is `unlearn` where a forget or a retain set is given, else `prune`, unless it is named.
-    """
-    given = {name: value for name, value in values.items() if value not in (None, "")}
-    if command is None:
-        command = "unlearn" if given.keys() & SETS_OF_UNLEARNING else "prune"
-    own = {name: value for name, value in given.items() if name not in PLAN_NAMES}
-    return complete(command, {**_translated(given, COMMANDS[command].settings), **own}, spelt)
+# --- decisions --------------------------------------------------------------------------------------------------------
 
 
-def _translated(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """Return the settings behind the plan's names; a name of several settings gives those that are taken."""
+@dataclass(frozen=True)
+class Decider:
+    """What would go, by the decisions of the run itself, from one score of the untouched model."""
+
+    sensitivities: SensitivityDict
+    groups: ModelGroups
+    rules: Rules
+
+    def unlearn(self, **rules: Any) -> Decision:
+        """Return what goes by dual score, whatever it is worth, under rules changed like this."""
+        forget, retain = self.sensitivities.forget.values(), self.sensitivities.retain.values()
+        kept, rules_now = full_mask(self.groups), replace(self.rules, **rules)
+        return decide_unlearning(
+            forget, retain, kept, self.groups, budget=self.groups.total_parameters, rules=rules_now
+        )
+
+    def compress(self, budget: int) -> Decision:
+        """Return what goes by sensitivity on the retain set alone."""
+        retain, kept = self.sensitivities.retain.values(), full_mask(self.groups)
+        return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules)
+
+    def at_goal(self, settings: Settings) -> Mask:
+        """Return the mask that the scores lead to when the sparsity of the settings is pruned at once."""
+        budget = int((settings.sparsity or settings.max_sparsity) * self.groups.total_parameters)
+        forget, retain, kept = self.sensitivities.forget, self.sensitivities.retain, full_mask(self.groups)
+        if forget.totals is None:
+            return kept.without(self.compress(budget).removals)
+        decision = decide_unlearning(
+            forget.values(), retain.values(), kept, self.groups, budget=budget, rules=self.rules
+        )
+        return kept.without(decision.removals)
+
+    def sparsity(self, decision: Decision) -> float:
+        return full_mask(self.groups).without(decision.removals).sparsity(self.groups)
+
+
+def by_kind(decision: Decision) -> dict[GroupKind, int]:
+    """Return how many groups of each kind a decision removes."""
+    counts = Counter(one.group.kind for one in decision.removals)
+    return {kind: counts[kind] for kind in KINDS}
+
+
+def group_values(groups: ModelGroups, decide: Decider) -> Values:
+    """Return the groups by kind, layers of one size together, and which part of all parameters may go."""
+    everything = decide.compress(groups.total_parameters)
+    removable = by_kind(everything)
     return {
-        setting: values[name]
-        for name, settings in PLAN_NAMES.items()
-        for setting in settings
-        if name in values and (len(settings) == 1 or setting in taken)
+        "architecture": groups.family,
+        "total_parameters": groups.total_parameters,
+        "prunable": decide.sparsity(everything),
+        "kinds": {
+            kind: {
+                "layers": _layer_runs(groups, kind),
+                "removable": removable[kind],
+                "prunable": _parameters(everything, groups, kind) / groups.total_parameters,
+            }
+            for kind in KINDS
+        },
     }
 
 
-def spelt(setting: str) -> str:
-    """Return a setting's flag as this script writes it."""
-    return "--" + next((name for name, settings in PLAN_NAMES.items() if settings == (setting,)), setting)
+def _parameters(decision: Decision, groups: ModelGroups, kind: GroupKind) -> int:
+    layers = groups.layers[kind]
+    return sum(layers[one.group.layer].parameters_per_group for one in decision.removals if one.group.kind == kind)
 
 
-def plan_parser(program: str, text: str, settings: Collection[str]) -> Parser:
-    """Return a parser of these settings under the plan's names and under their own."""
-    parser = Parser(prog=program, description=text, usage=f"{program} [settings]")
-    plan, own = parser.add_argument_group("names of the plan"), parser.add_argument_group("all settings")
-    for name, behind in PLAN_NAMES.items():
-        if set(behind) <= set(settings):
-            add_setting(plan, behind[0], f"--{name}", text=" ".join(map(text_of, behind)))
-    for name in settings:
-        add_setting(own, name, f"--{name}")
-    add_debug(parser)
-    return parser
+def _layer_runs(groups: ModelGroups, kind: GroupKind) -> list[Values]:
+    """Return runs of layers that have the same number of groups of the same size."""
+    runs: list[Values] = []
+    for one in groups.layers[kind]:
+        own = {"groups": one.count, "parameters_per_group": one.parameters_per_group}
+        if runs and {name: runs[-1][name] for name in own} == own:
+            runs[-1]["last"] = one.layer
+        else:
+            runs.append({"first": one.layer, "last": one.layer, **own})
+    return runs
 
 
-def read(parser: Parser, arguments: list[str]) -> dict[str, Any]:
-    """Return the values that flags give, whether they are written with underscores or dashes."""
-    values = given_values(parser.parse_args([underscored(one) for one in arguments]))
-    return {name: value for name, value in values.items() if name != "debug"}
+def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
+    """Return how many candidates each threshold leaves, the run's own included, and whether that is enough."""
+    thresholds = sorted({*THRESHOLDS, settings.unlearning_threshold})
+    alone = decide.unlearn(threshold=thresholds[0], widths="per_layer")
+    rows = []
+    for threshold in thresholds:
+        together = decide.unlearn(threshold=threshold)
+        rows.append(
+            {
+                "threshold": threshold,
+                "slices": {kind: count // trial.groups.depth for kind, count in by_kind(together).items()},
+                "groups": by_kind(_above(alone, threshold)),
+                "sparsity": decide.sparsity(together),
+            }
+        )
+    own = next(row for row in rows if row["threshold"] == settings.unlearning_threshold)
+    return {
+        "rows": {name: len(one) for name, one in trial.sample.items()},
+        "metric": settings.metric,
+        "threshold": settings.unlearning_threshold,
+        "minimum_forget_sensitivity": settings.minimum_forget_sensitivity,
+        "thresholds": rows,
+        "asked": settings.sparsity,
+        "enough": settings.sparsity is None or own["sparsity"] >= settings.sparsity - trial.smallest_step,
+    }
 
 
-def underscored(argument: str) -> str:
-    """Return a flag with underscores for dashes, except that of the prefix no-; other words come back as they are."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    return "--" + (f"no-{name[3:]}" if name.startswith("no_") else name) + equals + value
+def _above(decision: Decision, threshold: float) -> Decision:
+    """Return the part of a per-layer decision that a higher threshold leaves: its groups come in order of share."""
+    return replace(decision, removals=tuple(one for one in decision.removals if (one.share or 0.0) > threshold))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the script and return its exit code; None takes the process's own arguments."""
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = plan_parser("prune.py", "Unlearn a forget set, or compress a model.", setting_names())
-    return exit_code(lambda: code_of(train(**read(parser, given))), debug="--debug" in given)
+# --- data, checkpoint -------------------------------------------------------------------------------------------------
+
+
+def overlap_values(inputs: Inputs) -> Values | None:
+    """Return how far the sets say the same, by numbers of rows alone; None where there is one set only."""
+    if inputs.overlap is None:
+        return None
+    pairs = [{"forget": one, "retain": other, "containment": part} for one, other, part in inputs.overlap.near]
+    return {"exact": len(inputs.overlap.exact), "near": len(pairs), "nearest": pairs[:SHOWN_PAIRS]}
+
+
+def checkpoint_values(config: PretrainedConfig, groups: ModelGroups, goal: Mask) -> Values:
+    """Return which stock class loads the result, for every number of kv_groups that may be left and for the goal's."""
+    count = groups.count("kv_group")
+    classes: dict[str, list[int]] = {}
+    for left in range(count, 0, -1):
+        if left == count or left in groups.allowed_kv_groups:
+            classes.setdefault(_class_with(config, groups, left), []).append(left)
+    left = int(goal.kept["kv_group"][0].sum())
+    return {
+        "form": "stock",
+        "kv_groups": count,
+        "classes": classes,
+        "never": [n for n in range(count - 1, 0, -1) if n not in groups.allowed_kv_groups],
+        "goal": {
+            "class": _class_with(config, groups, left),
+            "kv_groups": left,
+            "ffn_channels": int(goal.kept["ffn_channel"][0].sum()),
+            "sparsity": goal.sparsity(groups),
+        },
+    }
+
+
+def _class_with(config: PretrainedConfig, groups: ModelGroups, left: int) -> str:
+    """Return the class of a checkpoint that keeps so many kv_groups in every layer."""
+    kept = full_mask(groups)
+    kept.kept["kv_group"][:, left:] = False
+    return (cut_config(config, groups, kept).architectures or [groups.family])[0]

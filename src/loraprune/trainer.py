@@ -261,7 +261,7 @@ class LoRAPruneTrainer(Trainer):
     def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> list[str]:
         """Score one set and average the score in; return where it was not finite: then nothing is pruned now."""
         settings, state = self.settings, self.run_state
-        sample = _sample(examples, settings.score_rows, settings.seed)
+        sample = score_sample(examples, settings.score_rows, settings.seed)
         new = score_model(
             self.adapted,
             self.live,
@@ -445,7 +445,7 @@ class _Between(TrainerCallback):
             self.trainer.event("train", step=self.trainer.run_state.step, **kept)
 
 
-def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """Return the same sample at every pruning step, so that scores differ by the model alone."""
     if len(examples) <= count:
         return list(examples)

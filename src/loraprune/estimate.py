@@ -1,0 +1,228 @@
+"""Estimate: memory and time of every stage of a run, from small passes of the stages' own code on the run's own rows.
+
+Reads    a live model with adapters, its trainer, the tokenised sets
+Gives    Passes: the kinds of pass; Pass, Cost; StageMemory, stage_memory; StageTime, stage_times
+Source   -
+Symbols  a pass = evaluation without gradients, scoring, or one training step; the heaviest is that with most tokens
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraprune.data import Example, batches_by_length, collate
+from loraprune.evaluate import answer_values
+from loraprune.memory import FEW, Footprint, Rows, affordable, fewer, footprint_of
+from loraprune.objectives import IGNORED
+from loraprune.records import DatasetType, Sensitivity
+from loraprune.sensitivity import score_model
+from loraprune.settings import Settings
+from loraprune.trainer import LoRAPruneTrainer
+
+TRIAL_BYTES = 2**30  # what a pass may take that is run to measure time and what the allocator adds
+MOMENTS = 2  # of AdamW, each of the adapters' size
+POINT = 1 + MOMENTS  # what a point to roll back to holds, in sizes of the adapters
+
+Sets = Mapping[str, Sequence[Example]]
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What passes of one kind take, in seconds: so much each, and so much a token, padding included."""
+
+    each: float
+    token: float
+
+    def seconds(self, passes: Iterable[int]) -> float:
+        """Return what passes of so many tokens take together."""
+        return sum(self.each + self.token * tokens for tokens in passes)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kind of pass: how it is run on chosen rows, and the rows of the heaviest one, each set's longest first."""
+
+    run: Callable[[Rows], object]
+    heaviest: Rows
+    widths: Mapping[str, int]  # tokens a row, padding included
+    labels: Mapping[str, Mapping[int, int]]  # of each row: what it weighs beyond its tokens
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self.heaviest.items()}
+
+    def footprint(self) -> Footprint:
+        """Return what the pass takes, whatever the number of rows."""
+        return footprint_of(self.run, self.heaviest, self.labels)
+
+    def cost(self, counts: Mapping[str, int]) -> Cost:
+        """Return the cost of passes of this kind, from one with few rows and one with `counts`, both warm."""
+        few = {name: min(FEW, count) for name, count in counts.items()}
+        short, long = self._seconds(few), self._seconds(counts)
+        tokens, more = self._tokens(counts), self._tokens(counts) - self._tokens(few)
+        token = min(max(0.0, (long - short) / more), long / tokens) if more else long / tokens
+        return Cost(max(0.0, long - token * tokens), token)
+
+    def _tokens(self, counts: Mapping[str, int]) -> int:
+        return sum(count * self.widths[name] for name, count in counts.items())
+
+    def _seconds(self, counts: Mapping[str, int]) -> float:
+        rows = fewer(self.heaviest, counts, self.labels)
+        self.run(rows)
+        begun = perf_counter()
+        self.run(rows)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return perf_counter() - begun
+
+
+def pass_over(run: Callable[[str, list[Example]], object], sets: Sets, batch_size: int) -> Pass:
+    """Return the pass that runs on the examples of one set at a time, at most `batch_size` of them, by length."""
+    batches = [(name, rows) for name, one in sets.items() for rows in batches_by_length(one, batch_size)]
+    name, rows = max(batches, key=lambda batch: _padded([sets[batch[0]][row] for row in batch[1]]))
+    examples = sets[name]
+
+    def run_rows(chosen: Rows) -> object:
+        return run(name, [examples[row] for row in chosen[name]])
+
+    return Pass(
+        run_rows,
+        {name: rows[::-1]},
+        {name: len(examples[rows[-1]].input_ids)},
+        {name: {row: sum(one != IGNORED for one in examples[row].labels) for row in rows}},
+    )
+
+
+def _padded(examples: Sequence[Example]) -> int:
+    return len(examples) * max(len(one.input_ids) for one in examples)
+
+
+def passes_over(examples: Sequence[Example], batch_size: int) -> list[int]:
+    """Return the tokens of every pass over a set."""
+    return [_padded([examples[row] for row in rows]) for rows in batches_by_length(examples, batch_size)]
+
+
+class Passes:
+    """The kinds of pass that a run is made of, on a live model; each leaves adapters and mask as they are."""
+
+    def __init__(self, settings: Settings, sets: Sets, trainer: LoRAPruneTrainer) -> None:
+        self.settings, self.sets, self.trainer = settings, sets, trainer
+        self.pad = trainer.sets.pad_token_id
+        steps: Iterable[Any] = trainer.get_train_dataloader()
+        self.step_tokens: list[dict[str, int]] = []
+        self._heaviest_step: Mapping[str, Mapping[str, Tensor]] = {}
+        for step in steps:
+            self.step_tokens.append({name: batch["input_ids"].numel() for name, batch in step.items()})
+            if sum(self.step_tokens[-1].values()) >= max(sum(one.values()) for one in self.step_tokens):
+                self._heaviest_step = step
+
+    def evaluation(self, names: Iterable[str], *, adapted: bool) -> Pass:
+        """Return the pass that measures P on some of the sets, of the model with its adapters and mask or without."""
+        model, live = self.trainer.adapted, self.trainer.live
+
+        def run(name: str, examples: list[Example]) -> object:
+            with ExitStack() as plain:
+                if not adapted:
+                    plain.enter_context(live.lifted())
+                    plain.enter_context(model.disable_adapter())
+                return answer_values(model, examples, batch_size=len(examples), pad_token_id=self.pad)
+
+        return pass_over(run, {name: self.sets[name] for name in names}, self.settings.evaluate_batch_size)
+
+    def scoring(self, sample: Mapping[DatasetType, Sequence[Example]]) -> Pass:
+        """Return the pass that scores all groups on rows of the sample."""
+
+        def run(name: str, examples: list[Example]) -> object:
+            return self.score("forget" if name == "forget" else "retain", examples, len(examples))
+
+        return pass_over(run, {**sample}, self.settings.evaluate_batch_size)
+
+    def score(self, dataset_type: DatasetType, examples: Sequence[Example], batch_size: int) -> Sensitivity:
+        """Return one set's sensitivities as the run computes them; the batch size changes nothing but memory."""
+        batches = ([examples[row] for row in part] for part in batches_by_length(examples, batch_size))
+        return score_model(
+            self.trainer.adapted,
+            self.trainer.live,
+            (self._moved(collate(part, self.pad)) for part in batches),
+            dataset_type,
+            prune_metric=self.settings.metric,
+            loss=self.settings.score_loss,
+            power=self.settings.score_power,
+        )
+
+    def training(self) -> Pass:
+        """Return the training step: the trainer's own loss, with the graphs of all sets alive together, and back."""
+        step, model = self._heaviest_step, self.trainer.adapted
+
+        def run(chosen: Rows) -> None:
+            batches = {
+                name: self._moved({key: one[list(rows)] for key, one in step[name].items()})
+                for name, rows in chosen.items()
+            }
+            model.train()
+            self.trainer.compute_loss(model, batches).backward()
+            model.zero_grad(set_to_none=True)
+            model.eval()
+
+        order = {name: batch["attention_mask"].sum(1).argsort(descending=True).tolist() for name, batch in step.items()}
+        labels = {name: (batch["labels"] != IGNORED).sum(1).tolist() for name, batch in step.items()}
+        widths = {name: batch["input_ids"].shape[1] for name, batch in step.items()}
+        return Pass(run, order, widths, {name: dict(enumerate(one)) for name, one in labels.items()})
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: one.to(self.trainer.args.device) for name, one in batch.items()}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What one stage needs at its heaviest moment, in bytes, and what the process then holds."""
+
+    stage: str
+    weights: int
+    adapters: int
+    optimizer: int  # its moments, and a point to roll back to
+    activations: int  # and gradients; in the export the cut copies of the weights
+    resident: int
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.adapters + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Held:
+    """What makes a need into what the process holds, on a CPU; both as measured in small passes."""
+
+    process: int  # bytes before the model is loaded
+    allocator: float  # >= 1: what the C library holds for each byte of activations, freed pieces that fit nothing
+
+
+def stage_memory(needs: Sequence[Mapping[str, Any]], held: Held | None) -> list[StageMemory]:
+    """Return the stages' memory from their needs, in order; `held` None: of a GPU, where what is needed is counted.
+
+    On a CPU the C library keeps what was freed for later, so a stage holds what an earlier one needed; weights are
+    mapped from their file and go with their model.
+    """
+    stages, kept = [], 0
+    for need in needs:
+        own = need["adapters"] + need["optimizer"]
+        kept = max(kept, own + round(need["activations"] * (held.allocator if held else 1.0)))
+        total = need["weights"] + (kept if held else own + need["activations"])
+        stages.append(StageMemory(**need, resident=total + (held.process if held else 0)))
+    return stages
+
+
+def trial_counts(footprint: Footprint, whole: Mapping[str, int]) -> dict[str, int]:
+    """Return how many rows of each set a trial may have: all of them where these are few enough."""
+    return affordable(footprint, whole, TRIAL_BYTES)
