@@ -16,17 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 
 
-def write_results(name: str, values: Any, section: str) -> None:
-    """Write a bench's JSON and put its section, made of these very numbers, into the page."""
+def write_results(name: str, values: Any, section: str, mark: str = "") -> None:
+    """Write a bench's JSON and put its section, made of these very numbers, into the page; `mark`: by default, name."""
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    put_section(PAGE, mark or name, section)
+
+
+def put_section(path: Path, mark: str, section: str) -> None:
+    """Put a section into a page of docs between its two marks, in place of the one before."""
+    page = path.read_text(encoding="utf-8")
+    marks = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     found = re.search(re.escape(marks[0]) + ".*" + re.escape(marks[1]), page, flags=re.DOTALL)
     if found is None:
-        raise ValueError(f"{PAGE} has no section {marks[0]} ... {marks[1]}")
-    PAGE.write_text(
+        raise ValueError(f"{path} has no section {marks[0]} ... {marks[1]}")
+    path.write_text(
         page[: found.start()] + f"{marks[0]}\n{section}\n{marks[1]}" + page[found.end() :], encoding="utf-8"
     )
 
