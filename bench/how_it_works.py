@@ -54,9 +54,9 @@ def section(metrics: Any, events: list[dict[str, Any]]) -> str:
         [
             markdown_table(header, rows),
             f"The demo's world, seed 0, with {strict}. Target P(forget) {goal['performance']:.3f}, band "
-            f"{goal['low']:.3f} to {goal['high']:.3f}; {len(undone)} roll-backs in all; outcome `{metrics['outcome']}`; retention "
-            f"{floor['retention']:.3f} on the floor rows and {metrics['retention']:.3f} on the final rows. Made by "
-            "`python bench/how_it_works.py`.",
+            f"{goal['low']:.3f} to {goal['high']:.3f}; {len(undone)} roll-backs in all; outcome "
+            f"`{metrics['outcome']}`; retention {floor['retention']:.3f} on the floor rows and "
+            f"{metrics['retention']:.3f} on the final rows. Made by `python bench/how_it_works.py`.",
         ]
     )
 

@@ -141,6 +141,7 @@ class RunFolder:
         if self.finished:
             yield
             return
+        made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
         try:
@@ -155,7 +156,7 @@ class RunFolder:
             (self.path / OWNER).unlink(missing_ok=True)
             (self.path / LOCK).unlink(missing_ok=True)  # while it is held: nobody may wait on a name that goes
             lock.release()
-            if not any(self.path.iterdir()):
+            if made and not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def _sign(self, say: Callable[[str], Any]) -> None:

@@ -98,7 +98,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
     metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
     _write_evidence(folder, settings, inputs, ledger, original, metrics)
-    return metrics
+    return folder.read("metrics.json")
 
 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
