@@ -327,7 +327,7 @@ def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steeri
     trainer = LoRAPruneTrainer(
         model, settings, sets, live=live, steering=steering, folder=folder.path, event=folder.event
     )
-    folder.drop_events_after(trainer.first_step)
+    folder.drop_events_after(trainer.first_step if trainer.run_state.good_look else -1)
     folder.event("begin", step=trainer.first_step, **_outlook(settings, steering, groups.total_parameters, trainer))
     trainer.run()
     state = trainer.run_state
