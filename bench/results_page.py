@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 
 
-def write_results(name: str, values: Any, section: str) -> None:
-    """Write a bench's JSON and put its section, made of these very numbers, into the page."""
+def write_results(name: str, values: Any, section: str, mark: str = "") -> None:
+    """Write a bench's JSON and put its section, made of these very numbers, into the page; `mark`: by default, name."""
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
-    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    mark = mark or name
+    marks = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     found = re.search(re.escape(marks[0]) + ".*" + re.escape(marks[1]), page, flags=re.DOTALL)
     if found is None:
         raise ValueError(f"{PAGE} has no section {marks[0]} ... {marks[1]}")
