@@ -21,13 +21,17 @@ def write_results(name: str, values: Any, section: str, mark: str = "") -> None:
     path = ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    mark = mark or name
+    put_section(PAGE, mark or name, section)
+
+
+def put_section(path: Path, mark: str, section: str) -> None:
+    """Put a section into a page of docs between its two marks, in place of the one before."""
+    page = path.read_text(encoding="utf-8")
     marks = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     found = re.search(re.escape(marks[0]) + ".*" + re.escape(marks[1]), page, flags=re.DOTALL)
     if found is None:
-        raise ValueError(f"{PAGE} has no section {marks[0]} ... {marks[1]}")
-    PAGE.write_text(
+        raise ValueError(f"{path} has no section {marks[0]} ... {marks[1]}")
+    path.write_text(
         page[: found.start()] + f"{marks[0]}\n{section}\n{marks[1]}" + page[found.end() :], encoding="utf-8"
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -176,6 +177,67 @@ def run_values(folder: Path, output: str, **changes):
         "lora_dropout": 0.1,
         **changes,
     }
+
+
+# --- a small world that a model really knows ---------------------------------------------------------------------------
+
+WORLD_PEOPLE = {"forget": 6, "retain": 12}
+ROWS_PER_PERSON = 18
+WORLD_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 96,
+}
+
+
+def make_small_world(folder):
+    """Write 18 people of the demo's world, a model that knows them by heart and a reference that knows 12 of them."""
+    from loraprune.data import load_rows
+    from loraprune.scratch import Recipe, make_model
+    from loraprune.world import make_world
+
+    folder.mkdir()
+    made, rows = make_world(0), {}
+    for name, count in WORLD_PEOPLE.items():
+        rows[name] = load_rows(write_rows(folder / f"{name}.jsonl", made[name][: ROWS_PER_PERSON * count]), name=name)
+    world, recipe = [*rows["forget"], *rows["retain"]], Recipe(400, WORLD_SIZES, epochs=24, batch_size=32)
+    make_model(folder / "untouched", world, world, recipe, 0)
+    make_model(folder / "reference", rows["retain"], world, recipe, 0)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory, worker_id):
+    """The folder of the small world, made once for all workers; nobody writes into it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "small_world"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make_small_world(folder)
+    return folder
+
+
+def world_values(world: Path, output: Path, **changes):
+    """The settings of a run of some ten seconds on the small world, at the default settings but for its length."""
+    values = {
+        "model": str(world / "untouched"),
+        "reference": str(world / "reference"),
+        "forget": str(world / "forget.jsonl"),
+        "retain": str(world / "retain.jsonl"),
+        "output": str(output),
+        "device": "cpu",
+        "sparsity": 0.06,
+        "warmup_steps": 10,
+        "prune_every": 10,
+        "prune_rounds": 4,
+        "recovery_steps": 10,
+        "finish_steps": 40,
+        "evaluate_every": 10,
+    }
+    return {name: one for name, one in {**values, **changes}.items() if one is not None}
 
 
 @pytest.fixture(params=list(FAMILY_CONFIGS))

@@ -121,6 +121,29 @@ def test_a_sparsity_that_the_model_cannot_give(capsys, given, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sparsity_that_the_model_cannot_give_under_rounded_widths(capsys, given, tmp_path):
+    text = refusal(capsys, given, "--sparsity", "0.3", "--round-to", "16")
+    assert "at most 0.224" in text and "1 of 4 kv_groups and 16 of 24 ffn_channels" in text
+    assert "--sparsity to at most 0.223" in text and "--round-to" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sparsity", "max-sparsity"])
+def test_a_sparsity_below_the_smallest_step(capsys, given, tmp_path, name):
+    text = refusal(capsys, given, f"--{name}", "0.05", "--round-to", "8")  # 27,488 parameters; 8 channels have 1,536
+    assert "0.05 is 1374 parameters, the smallest step removes 1536" in text
+    assert f"raise --{name} to at least 0.0559" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sparsity", [[], ["--sparsity", "0.1"]])
+def test_a_model_of_which_nothing_can_go(capsys, given, tmp_path, sparsity):
+    text = refusal(capsys, given, "--min-groups-per-layer", "24", *sparsity)
+    assert "nothing can be cut" in text and "4 of 4 kv_groups and 24 of 24 ffn_channels" in text
+    assert "--min-groups-per-layer" in text and "--round-to" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("value", ["1.2", "-0.5"])
 def test_a_threshold_outside_its_range(capsys, given, tmp_path, value):
     text = refusal(capsys, given, "--unlearning-threshold", value)

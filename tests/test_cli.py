@@ -99,7 +99,7 @@ def test_a_missing_settings_file_is_named():
 def test_what_is_missing_is_named():
     assert refused("unlearn", "m", "--retain", "r", "--output", "o") == (
         "error  --forget is missing.\n"
-        "why    this run needs MODEL, --forget, --retain, --output.\n"
+        "why    the command needs MODEL, --forget, --retain, --output.\n"
         "fix    add --forget; --help says what each takes."
     )
     assert refused("prune").startswith("error  MODEL, --data, --sparsity, --output are missing.")
@@ -135,10 +135,27 @@ def test_a_word_beside_the_model_is_refused():
     assert refused(*UNLEARN, "n").startswith("error  no flag takes 'n'.")
 
 
+def test_a_word_that_is_no_flag_is_not_written_as_one():
+    assert refused("status", "--output", "out") == (
+        "error  there is no flag --output.\n"
+        "why    loraprune status takes it without a flag, as DIR.\n"
+        "fix    leave --output out; what follows it stays."
+    )
+    assert "takes it without a flag, as MODEL." in refused("unlearn", "--model", "m")
+
+
+def test_a_status_takes_a_folder_and_no_settings():
+    assert refused("status").startswith("error  DIR is missing.\nwhy    the command needs DIR.")
+    assert "loraprune status takes no --seed." in refused("status", "out", "--seed", "1")
+    assert "there is no flag --config." in refused("status", "out", "--config", "c.toml")
+    assert "did you mean --json?" in refused("status", "out", "--jsn")
+    assert cli.settings_of(["status", "out"]) == Settings(output="out")
+
+
 def test_an_unknown_command_is_refused_with_the_nearest_one():
     assert refused("unlern", "m") == (
         "error  there is no command unlern.\n"
-        "why    the first word names the command: unlearn, prune, evaluate, plan, demo.\n"
+        "why    the first word names the command: unlearn, prune, evaluate, status, plan, demo.\n"
         "fix    did you mean loraprune unlearn?"
     )
 

@@ -1,15 +1,22 @@
 """Which groups go, in which order: what the forget set alone uses goes first, what the retain set alone uses never."""
 
+import json
+import random
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model
-from transformers import LlamaConfig
+from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model, run_values
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loraprune.decision import Rules, decide_compression, decide_unlearning
+from loraprune.decision import decide_compression, decide_unlearning
 from loraprune.groups import find_groups, meta_groups
 from loraprune.mask import LiveMask, full_mask
+from loraprune.pipeline import run
 from loraprune.records import KINDS, Group
+from loraprune.rules import Rules, allowed_widths, smallest_step
 from loraprune.sensitivity import SensitivityDict, score_model, update_sensitivity_dict
+from loraprune.settings import Settings
 
 GROUPS = meta_groups(FAMILY_CONFIGS["llama_gqa"]())  # 2 layers of 4 kv_groups and 24 ffn_channels
 ALL = 10**9
@@ -216,16 +223,28 @@ def stiff(**values):
     return meta_groups(LlamaConfig(**{**SIZES, **heads, **values}))
 
 
-def test_a_head_count_that_the_familys_config_refuses_is_never_left():
+def test_a_head_count_that_the_familys_config_refuses_is_stepped_over():
     groups = stiff()
     forget, retain = scores(groups, value=5.0), scores(groups, value=1.0)
-    decision = unlearn(forget, retain, rules=Rules(), groups=groups)
-    assert count_by_layer(decision, "kv_group", groups) == [0, 0]
-    assert count_by_layer(decision, "ffn_channel", groups) == [23, 23]
-    assert decision.ended_by == "budget"
+    slice_of = groups.slice_parameters("kv_group")
+    forget["kv_group"][:] = 9.0
+    lost = [
+        count_by_layer(unlearn(forget, retain, rules=Rules(), groups=groups, budget=budget), "kv_group", groups)
+        for budget in (4 * slice_of - 1, 4 * slice_of, 6 * slice_of - 1, 6 * slice_of, 7 * slice_of)
+    ]
+    assert lost == [[0, 0], [4, 4], [4, 4], [6, 6], [7, 7]]  # 8, 4, 2 and 1 of 8 may stand
     two_left = make_mask(groups, {"kv_group": [list(range(6))] * 2})
     decision = unlearn(forget, retain, kept=two_left, rules=Rules(), groups=groups)
     assert count_by_layer(decision, "kv_group", groups) == [1, 1]
+    assert decision.ended_by == "no_candidates"
+
+
+def test_all_heads_of_a_step_together_are_above_the_threshold_or_none_goes():
+    groups, retain = stiff(), scores(stiff(), value=1.0)
+    for value, goes in ((1.4, True), (1.2, False)):  # three quarters of it against 1
+        three = {(layer, index): value for layer in (0, 1) for index in range(3)}
+        decision = unlearn(scores(groups, kv_group=three), retain, rules=Rules(), groups=groups)
+        assert count_by_layer(decision, "kv_group", groups) == ([4, 4] if goes else [0, 0])
 
 
 @pytest.mark.parametrize("slices", range(1, 8))
@@ -240,6 +259,114 @@ def test_a_model_of_one_layer_obeys_the_same_head_counts(slices):
     ):
         left = full_mask(groups).without(decision.removals).kept["kv_group"][0].sum().item()
         assert left in groups.allowed_kv_groups
+
+
+# --- what holds whatever the numbers are ---
+
+
+def random_case(seed):
+    """Groups, rules, a state that some run could be in, scores and a budget, all drawn by the seed."""
+    draw = random.Random(seed)
+    groups = draw.choice([GROUPS, stiff(), stiff(num_hidden_layers=3)])
+    rules = Rules(
+        threshold=draw.choice([0.0, 0.4, 0.6]),
+        minimum_forget=draw.choice([0.0, 0.5]),
+        min_groups_per_layer=draw.choice([1, 2, 3, 7, 30]),
+        widths=draw.choice(["uniform", "per_layer"]),
+        round_to=draw.choice([1, 2, 5, 8, 64]),
+    )
+    gone = {}
+    for kind in KINDS:
+        count = groups.count(kind) - draw.choice([*allowed_widths(kind, groups, rules), groups.count(kind) - 1])
+        gone[kind] = [draw.sample(range(groups.count(kind)), count) for _ in range(groups.depth)]
+    budget = int(draw.random() ** 2 * groups.total_parameters)
+    return groups, rules, make_mask(groups, gone), random_scores(seed, groups), random_scores(-seed - 1, groups), budget
+
+
+def both_decisions(seed):
+    groups, rules, kept, forget, retain, budget = random_case(seed)
+    return (
+        unlearn(forget, retain, kept=kept, budget=budget, rules=rules, groups=groups),
+        compress(retain, kept=kept, budget=budget, rules=rules, groups=groups),
+    )
+
+
+def widths_after(decision, kept, kind):
+    return kept.without(decision.removals).kept[kind].sum(1).tolist()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_width_that_is_left_may_stand_and_the_budget_holds(seed):
+    groups, rules, kept, _, _, budget = random_case(seed)
+    for decision in both_decisions(seed):
+        before, after = (one.removed_parameters(groups) for one in (kept, kept.without(decision.removals)))
+        assert 0 <= after - before <= budget
+        assert len(set(gone(decision))) == len(decision.removals)
+        for kind in KINDS:
+            old, new = kept.kept[kind].sum(1).tolist(), widths_after(decision, kept, kind)
+            for width in set(new) - set(old):
+                assert width >= rules.min_groups_per_layer
+                assert kind == "kv_group" or width % rules.round_to == 0
+                assert kind != "kv_group" or rules.widths == "per_layer" or width in groups.allowed_kv_groups
+            assert rules.widths == "per_layer" or len(set(new)) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_smallest_step_is_the_smallest_budget_with_which_anything_goes(seed):
+    groups, rules, kept, _, retain, _ = random_case(seed)
+    step = smallest_step(groups, rules, kept)
+    one, none = (compress(retain, kept=kept, budget=budget, rules=rules, groups=groups) for budget in (step, step - 1))
+    assert none.removals == ()
+    assert kept.without(one.removals).removed_parameters(groups) - kept.removed_parameters(groups) == step
+    assert (step == 0) == (
+        compress(retain, kept=kept, rules=rules, groups=groups).removals == ()  # whatever the budget
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_unit_is_each_layers_best_down_to_the_next_width_and_its_share_is_that_of_the_sums(seed):
+    groups, rules, kept, forget, retain, budget = random_case(seed)
+    rules = replace(rules, widths="uniform")
+    decision = unlearn(forget, retain, kept=kept, budget=budget, rules=rules, groups=groups)
+    for kind in KINDS:
+        removals = [one for one in decision.removals if one.group.kind == kind]
+        width = kept.kept[kind].sum(1)[0].item()
+        left = kept.kept[kind].clone()
+        while removals:
+            lower = max(one for one in allowed_widths(kind, groups, rules) if one < width)
+            unit, removals = removals[: groups.depth * (width - lower)], removals[groups.depth * (width - lower) :]
+            for layer in range(groups.depth):
+                share = (forget[kind] / (retain[kind] + rules.epsilon))[layer]
+                alive = [
+                    i for i in range(len(share)) if left[layer, i] and forget[kind][layer, i] >= rules.minimum_forget
+                ]
+                best = sorted(alive, key=lambda i: -share[i])[: width - lower]
+                mine = [one.group.index for one in unit if one.group.layer == layer]
+                assert mine[: len(best)] == best
+                left[layer, mine] = False
+            total = {
+                name: sum(values[kind][one.group.layer, one.group.index].item() for one in unit)
+                for name, values in (("forget", forget), ("retain", retain))
+            }
+            score = total["forget"] / (total["retain"] + rules.epsilon * len(unit))
+            assert {one.share for one in unit} == {unit[0].share}
+            assert unit[0].share == pytest.approx(score / (1 + score), rel=1e-12)
+            assert unit[0].share > rules.threshold
+            assert unit[0].forget == pytest.approx(total["forget"] / len(unit))
+            assert unit[0].forget >= rules.minimum_forget
+            width = lower
+        assert left.equal(kept.without(decision.removals).kept[kind])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_that_may_go_is_left_out_while_it_fits(seed):
+    groups, rules, kept, forget, retain, budget = random_case(seed)
+    decision = unlearn(forget, retain, kept=kept, budget=budget, rules=rules, groups=groups)
+    after = kept.without(decision.removals)
+    rest = budget - after.removed_parameters(groups) + kept.removed_parameters(groups)
+    assert unlearn(forget, retain, kept=after, budget=rest, rules=rules, groups=groups).removals == ()
+    more = unlearn(forget, retain, kept=after, rules=rules, groups=groups)
+    assert (decision.ended_by == "no_candidates") == (more.removals == ())
 
 
 # --- compression ---
@@ -263,6 +390,13 @@ def test_compression_takes_the_same_fraction_of_each_kind(part):
     decision = compress(random_scores(3), budget=int(part * both), rules=Rules())
     fractions = {kind: count_by_layer(decision, kind)[0] / GROUPS.count(kind) for kind in KINDS}
     assert fractions == {"kv_group": part, "ffn_channel": part}
+
+
+def test_compression_under_per_layer_widths_asks_no_layer_before_another():
+    retain = random_scores(3)
+    retain["ffn_channel"][0] += 10.0
+    removed = gone(compress(retain, budget=20 * GROUPS.layers["ffn_channel"][0].parameters_per_group))
+    assert {one.layer for one in removed if one.kind == "ffn_channel"} == {1}
 
 
 def test_compression_makes_up_for_what_an_earlier_step_took_of_one_kind():
@@ -378,3 +512,15 @@ def test_batches_of_another_size_give_the_same_decision():
         decisions.append(unlearn(scored.forget.values(), scored.retain.values(), budget=3000, rules=Rules()))
     assert decisions[0].removals
     assert gone(decisions[0]) == gone(decisions[1]) == gone(decisions[2])
+
+
+def test_a_run_with_rounded_widths_leaves_a_checkpoint_of_such_a_width_that_stock_transformers_loads(run_folder):
+    values = run_values(run_folder, "rounded", round_to=8, sparsity=0.2, min_retain_performance=0.0)
+    report = run(Settings(**values, unlearning_threshold=0.0))
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "rounded" / "model")
+    assert model.config.intermediate_size in (8, 16)
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (32, model.config.intermediate_size)
+    value = json.loads((run_folder / "rounded" / "decision.json").read_text())
+    assert value["kept_by_layer"]["ffn_channel"] == [model.config.intermediate_size] * 2
+    assert value["smallest_step"] == min(8 * 192, 1536) / 27488
+    assert 0.2 - value["smallest_step"] < report.metrics["sparsity"] <= 0.2

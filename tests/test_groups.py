@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from loraprune.errors import UserError
-from loraprune.groups import allowed_kv_groups, family_of, find_groups, meta_groups, prunable_parameters
+from loraprune.groups import allowed_kv_groups, family_of, find_groups, meta_groups
 from loraprune.model import checked_config
 from loraprune.records import KINDS
 from loraprune.settings import Settings
@@ -54,12 +54,6 @@ def test_tied_embeddings_count_once(tokenizer):
 
 def test_groups_are_the_same_with_and_without_weights(config):
     assert meta_groups(config) == find_groups(make_model(config), config)
-
-
-def test_prunable_parameters_are_all_groups_but_the_ones_every_layer_keeps(config):
-    groups = meta_groups(config)
-    spare = sum((groups.count(kind) - 2) * groups.slice_parameters(kind) for kind in KINDS)
-    assert prunable_parameters(config, 2) == spare / groups.total_parameters
 
 
 def test_an_architecture_that_is_not_in_the_table_is_refused_by_name():

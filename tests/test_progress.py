@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from loraprune.progress import duration_text, stage
+from loraprune.progress import stage
+from loraprune.words import duration_text
 
 
 class Terminal(io.StringIO):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_mask, masked
 
-from loraprune.decision import Rules
 from loraprune.mask import full_mask
 from loraprune.pruning import local_prune, restore_state, take_state, unlearning_prune
-from loraprune.records import KINDS
+from loraprune.records import KINDS, Look
+from loraprune.rules import Rules
 from loraprune.sensitivity import SensitivityDict
+from loraprune.steering import Limits
 
 RULES = Rules(minimum_forget=0.0)
 
@@ -38,7 +39,17 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def step(model, live, *, retention, floor=0.9, ratio=0.2, threshold=0.0, record=None, **others):
+def looking(live, retention, **numbers):
+    """What measures the model: its retention as given, and its sparsity as it is."""
+
+    def look():
+        values = {"retention": retention(), "sparsity": live.value.sparsity(live.groups), "groups": {}}
+        return Look.from_values({**values, **{name: one() for name, one in numbers.items()}})
+
+    return look
+
+
+def step(model, live, *, retention, floor=0.9, ratio=0.2, threshold=0.0, record=None, numbers=None, **others):
     forget, retain = both(live)
     events = [] if record is None else record
     decision = unlearning_prune(
@@ -47,10 +58,10 @@ def step(model, live, *, retention, floor=0.9, ratio=0.2, threshold=0.0, record=
         retain,
         threshold,
         floor,
-        retention=retention,
+        look=looking(live, retention, **(numbers or {})),
         ratio=ratio,
         rules=RULES,
-        record=lambda kind, **values: events.append({"event": kind, **values}),
+        record=lambda kind, look, **values: events.append({"event": kind, **look.as_values(), **values}),
         **others,
     )
     return decision, events
@@ -133,7 +144,7 @@ def test_a_step_that_holds_the_floor_is_accepted_without_repair(model_and_mask):
     model, live = model_and_mask
     decision, events = step(model, live, retention=lambda: 0.9, repair=lambda: pytest.fail("repaired"))
     assert decision.removals
-    assert [one["event"] for one in events] == ["propose"]
+    assert [one["event"] for one in events] == ["propose", "accept"]
     assert events[0]["removed"] == len(decision.removals)
     assert events[0]["sparsity"] == live.value.sparsity(live.groups)
 
@@ -142,13 +153,15 @@ def test_a_step_that_breaks_the_floor_is_repaired_once_and_kept_when_that_is_eno
     model, live = model_and_mask
     repairs = []
     decision, events = step(
-        model, live, retention=lambda: 0.95 if repairs else 0.5, repair=lambda: repairs.append(live.value)
+        model, live, retention=lambda: 0.95 if repairs else 0.5, repair=lambda: repairs.append(live.value) or 7
     )
     assert len(repairs) == 1
     assert repairs[0].sparsity(live.groups) > 0  # the repair sees the pruned model
     assert decision.removals
-    assert [one["event"] for one in events] == ["propose", "recover"]
-    assert (events[1]["retention_before"], events[1]["retention"], events[1]["floor"]) == (0.5, 0.95, 0.9)
+    assert [one["event"] for one in events] == ["propose", "recover", "accept"]
+    assert [one["retention"] for one in events] == [0.5, 0.95, 0.95]
+    assert (events[0]["broken"], events[1]["broken"], events[1]["steps"]) == (("floor",), (), 7)
+    assert decision.look.retention == 0.95
 
 
 def test_a_step_that_stays_broken_is_halved_until_it_holds(model_and_mask):
@@ -160,7 +173,7 @@ def test_a_step_that_stays_broken_is_halved_until_it_holds(model_and_mask):
     assert len(proposed) == 3
     for found, allowed in zip(proposed, (0.2, 0.1, 0.05), strict=True):
         assert allowed - 0.01 < found <= allowed
-    assert [one["event"] for one in events] == ["propose", "roll_back"] * 2 + ["propose"]
+    assert [one["event"] for one in events] == ["propose", "roll_back"] * 2 + ["propose", "accept"]
     assert all(one["sparsity"] == 0 for one in events if one["event"] == "roll_back")
     assert decision.removals
     assert live.value.sparsity(live.groups) == proposed[-1]
@@ -176,6 +189,7 @@ def test_where_even_the_smallest_step_fails_mask_and_weights_are_as_before_bit_f
             for one in model.parameters():
                 if one.requires_grad:
                     one.mul_(1.5)
+        return 1
 
     decision, events = step(model, live, retention=lambda: 0.1, repair=repair)
     assert (decision.removals, decision.ended_by) == ((), "floor")
@@ -195,8 +209,14 @@ def test_a_rollback_goes_to_the_last_good_state_not_to_the_model_that_came_in(mo
         for one in model.parameters():
             if one.requires_grad:
                 one.add_(1.0)
-    decision, _ = step(model, live, retention=lambda: 0.1, last_good=good)
+
+    def roll_back():
+        restore_state(model, good)
+        return looking(live, lambda: 1.0)()
+
+    decision, events = step(model, live, retention=lambda: 0.1, roll_back=roll_back)
     assert decision.ended_by == "floor"
+    assert {one["retention"] for one in events if one["event"] == "roll_back"} == {1.0}
     assert same(trained_weights(model), dict(good.trained))
 
 
@@ -226,7 +246,55 @@ def test_early_stop_takes_nothing_and_says_target(model_and_mask):
 def test_plain_compression_keeps_a_floor_too(model_and_mask):
     model, live = model_and_mask
     retain = scores(live, 2)
-    decision = unlearning_prune(model, None, retain, 0.5, 0.9, retention=lambda: 0.1, ratio=0.2)
+    decision = unlearning_prune(model, None, retain, 0.5, 0.9, look=looking(live, lambda: 0.1), ratio=0.2)
     assert decision.ended_by == "floor"
-    decision = unlearning_prune(model, None, retain, 0.5, 0.9, retention=lambda: 1.0, ratio=0.2)
+    decision = unlearning_prune(model, None, retain, 0.5, 0.9, look=looking(live, lambda: 1.0), ratio=0.2)
     assert decision.removals
+
+
+# --- the other limits ---
+
+BANDED = Limits(max_guard_loss_ratio=1.1, ceilings=(0.3, 0.4), min_forget=0.2)
+WELL = {"forget": 0.2, "guard_loss_ratio": 1.1, "already_forgotten": (0.3, 0.4)}
+BROKEN = {
+    "guard": {"guard_loss_ratio": 1.101},
+    "ceiling": {"already_forgotten": (0.1, 0.401)},
+    "band": {"forget": 0.199},
+}
+
+
+@pytest.mark.parametrize("limit", list(BROKEN))
+def test_a_step_that_breaks_another_limit_is_undone_like_one_that_breaks_the_floor(model_and_mask, limit):
+    model, live = model_and_mask
+    before = live.value
+
+    def number(name):
+        return lambda: ({**WELL, **BROKEN[limit]} if live.value.sparsity(live.groups) > 0.06 else WELL)[name]
+
+    numbers = {name: number(name) for name in WELL}
+    decision, events = step(model, live, retention=lambda: 1.0, limits=BANDED, numbers=numbers)
+    assert [one["event"] for one in events] == ["propose", "roll_back"] * 2 + ["propose", "accept"]
+    assert [one["broken"] for one in events if one["event"] == "roll_back"] == [(limit,)] * 2
+    assert 0 < decision.look.sparsity <= 0.06
+
+    live.set(before)
+    numbers = {name: (lambda name=name: {**WELL, **BROKEN[limit]}[name]) for name in WELL}
+    decision, _ = step(model, live, retention=lambda: 1.0, limits=BANDED, numbers=numbers)
+    assert (decision.removals, decision.ended_by, decision.look) == ((), limit, None)
+    assert live.value.sparsity(live.groups) == 0
+
+
+def test_where_training_alone_broke_the_floor_it_is_undone_and_pruning_may_go_on(model_and_mask):
+    model, live = model_and_mask
+    retentions = iter([1.0, 0.5])  # as it came in, and with nothing more to remove
+    decision, events = step(model, live, ratio=0.0, retention=lambda: next(retentions))
+    assert [one["event"] for one in events] == ["propose", "roll_back"]
+    assert (decision.removals, decision.ended_by, decision.look.retention) == ((), "budget", 1.0)
+
+
+@pytest.mark.parametrize("number", ["retention", "guard_loss_ratio", "already_forgotten", "forget"])
+def test_a_number_that_is_not_one_breaks_its_limit(number):
+    values = {"retention": 1.0, "sparsity": 0.0, "groups": {}, **WELL}
+    assert BANDED.broken(Look.from_values(values)) == ()
+    values[number] = (0.1, float("nan")) if number == "already_forgotten" else float("nan")
+    assert len(BANDED.broken(Look.from_values(values))) == 1

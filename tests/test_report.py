@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from loraprune.errors import UserError
-from loraprune.figure import course, draw_result, spread
+from loraprune.figure import course, draw_course, draw_result, spread
 from loraprune.report import (
     evaluation_table,
     limits,
@@ -191,6 +193,11 @@ def test_the_outcome_is_said_with_its_numbers() -> None:
         "floor_reached: a further step would break the floor 0.90; retention on the floor rows is 0.96; "
         "P(forget) 0.47 is above 0.00 .. 0.13"
     )
+    guarded = without_optional_sets() | {"breaks": {"guard": 2, "band": 1}}
+    assert outcome_text(guarded) == (
+        "floor_reached: retention on the floor rows is 0.96; the loss on the guard text grew too much 2 times; "
+        "P(forget) 0.47 is above 0.00 .. 0.13"
+    )
     assert outcome_text(compression()) == "budget_spent: sparsity 0.302 is all that was to be removed"
 
 
@@ -238,6 +245,13 @@ def test_steps_that_a_resumed_run_took_again_count_once() -> None:
     assert [one.step for one in course(compression(), looks)] == [0, 35, 50, 65, 80]
 
 
+def test_a_state_that_was_rolled_back_is_not_on_the_course() -> None:
+    seen = {"event": "evaluate", "step": 60, "sparsity": 0.3, "retention": 0.8}
+    back = seen | {"event": "roll_back", "retention": 0.93}
+    looks = course(compression(), [seen, back, seen | {"step": 80, "retention": 0.94}])
+    assert [(one.step, one.retention) for one in looks[:-1]] == [(0, 1.0), (60, 0.93)]
+
+
 def test_the_figure_is_a_png_of_1200_by_480(metrics: dict[str, Any], tmp_path: Path) -> None:
     draw_result(metrics, events_of(metrics), tmp_path / "result.png")
     with Image.open(tmp_path / "result.png") as image:
@@ -246,6 +260,65 @@ def test_the_figure_is_a_png_of_1200_by_480(metrics: dict[str, Any], tmp_path: P
 
 def test_a_run_that_removed_nothing_can_be_drawn(tmp_path: Path) -> None:
     draw_result(compression() | {"sparsity": 0.0}, [], tmp_path / "result.png")
+    assert (tmp_path / "result.png").stat().st_size > 0
+
+
+def controlled(*, broken: list[str]) -> list[dict[str, Any]]:
+    """Return the events of a run with intervals; where limits broke, one step was repaired and the next rolled back."""
+    look = {"sparsity": 0.1, "retention": 0.95, "retention_interval": [0.92, 0.97], "forget": 0.7}
+    worse = look | {"retention": 0.85}
+    repair = [{"event": "recover", "step": 35, "broken": [], **look}] if broken else []
+    lost = [{"event": "propose", "step": 50, "broken": broken, **worse}, {"event": "roll_back", "step": 50, **look}]
+    return [
+        {"event": "propose", "step": 35, "broken": broken, **worse},
+        *repair,
+        {"event": "accept", "step": 35, **look},
+        *(lost if broken else []),
+        {"event": "stop", "step": 75, "outcome": "target_reached", **look},
+    ]
+
+
+def left_panel(metrics: dict[str, Any], events: list[dict[str, Any]]) -> Axes:
+    axes = Figure().subplots()
+    draw_course(axes, metrics, events)
+    return axes
+
+
+def marked(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Return step and retention of every mark by its key."""
+    lines, names = axes.get_legend_handles_labels()
+    return {name: [(float(x), float(y)) for x, y in line.get_xydata()] for line, name in zip(lines, names, strict=True)}
+
+
+def test_a_broken_limit_is_marked_at_its_step_with_the_retention_it_had() -> None:
+    axes = left_panel(unlearning(), controlled(broken=["floor"]))
+    assert marked(axes) == {"repaired": [(35, 0.85)], "rolled back": [(50, 0.85)]}
+    assert axes.get_legend() is not None
+
+
+def test_a_run_that_broke_no_limit_has_neither_mark_nor_key() -> None:
+    axes = left_panel(unlearning(), controlled(broken=[]))
+    assert marked(axes) == {} and axes.get_legend() is None
+
+
+def test_the_interval_of_retention_is_shaded_where_a_run_has_one() -> None:
+    def shades(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        shapes = left_panel(unlearning(), events).collections
+        heights = [shape.get_paths()[0].vertices[:, 1] for shape in shapes]
+        return [(one.min(), one.max()) for one in heights]
+
+    events = controlled(broken=[])
+    without = [{name: one for name, one in event.items() if name != "retention_interval"} for event in events]
+    target = unlearning()["target"]
+    assert shades(without) == [(target["low"], target["high"])]
+    assert (0.92, 1.0) in shades(events)
+
+
+def test_a_number_that_is_not_finite_does_not_keep_a_run_from_being_drawn(tmp_path: Path) -> None:
+    broken = {"event": "evaluate", "step": 60, "sparsity": 0.3, "retention": "nan", "forget": "inf"}
+    lost = {"event": "roll_back", "step": 60, "sparsity": 0.3, "retention": 0.93, "forget": 0.6}
+    metrics = unlearning()
+    draw_result(metrics, [*events_of(metrics)[:-1], broken, lost], tmp_path / "result.png")
     assert (tmp_path / "result.png").stat().st_size > 0
 
 

@@ -1,14 +1,14 @@
 """Checkpoint: a run's state between two steps, without a pickle.
 
 Reads    the trainer between two steps; a folder `state` of the run
-Gives    state.json and safetensors: adapter, mask, averages, optimizer, random state; all of one step
+Gives    Point, RunState; state.json and safetensors: the model now, the point to roll back to, averages, random
 Source   -
-Symbols  -
+Symbols  moments = what the optimizer knows of each trained weight, by "index.name"
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ from torch.optim import Optimizer
 
 from loraprune.folder import settled, whole_folder, write_json
 from loraprune.pruning import ModelState
-from loraprune.records import Mask, Removal, removal_columns, removals_from
+from loraprune.records import Look, Mask, Removal, removal_columns, removals_from
 from loraprune.sensitivity import MovingAverage, SensitivityDict
+
+NOW, GOOD = "now", "good"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a run to come back to: mask and trained weights, the optimizer's moments."""
+
+    state: ModelState
+    moments: Mapping[str, Tensor]
 
 
 @dataclass
@@ -31,52 +41,85 @@ class RunState:
     main_end: int = 0  # the step after which recovery begins
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
+    forget_weight: float = 1.0  # of the forget loss; halved with every step that had to be undone
     largest_step: float = 1.0  # of sparsity; a pruning step that had to be halved sets it for those after it
+    skipped: int = 0  # training steps left out, for a gradient that was not finite
+    breaks: dict[str, int] = field(default_factory=dict)  # how often each limit was found broken
     removals: list[Removal] = field(default_factory=list)
     train_seconds: float = 0.0  # of all starts together, scoring included
     score_seconds: float = 0.0
     sensitivities: SensitivityDict = field(default_factory=SensitivityDict)
+    good_look: Look | None = None  # the model at the point to roll back to; None before the first look
 
 
-def save_state(folder: Path, run_state: RunState, state: ModelState, optimizer: Optimizer) -> None:
+@dataclass(frozen=True)
+class SavedRun:
+    """What a stopped run left: where it stood, the model as it was, and the point to roll back to."""
+
+    run_state: RunState
+    now: Point
+    good: Point
+    random: Mapping[str, Tensor]
+
+
+def save_state(folder: Path, run_state: RunState, now: Point, good: Point) -> None:
     """Write everything that a run needs to go on from here, whole or not at all."""
     with whole_folder(folder) as part:
-        save_file({name: one.contiguous() for name, one in state.trained.items()}, part / "adapter.safetensors")
-        save_file({**state.mask.kept}, part / "mask.safetensors")
+        for name, point in {GOOD: good, NOW: now}.items():
+            if name == GOOD or now is not good:
+                _write_point(part / name, point)
         save_file(_average_tensors(run_state.sensitivities), part / "averages.safetensors")
-        save_file(_optimizer_tensors(optimizer), part / "optimizer.safetensors")
         save_file(_random_states(), part / "random.safetensors")
         write_json(part / "state.json", _run_values(run_state))
 
 
-def load_state(folder: Path) -> tuple[RunState, ModelState] | None:
-    """Return where a run stood and the weights it had, None where nothing was saved; then `resume_optimizer`."""
+def _write_point(folder: Path, point: Point) -> None:
+    folder.mkdir()
+    save_file({name: one.contiguous() for name, one in point.state.trained.items()}, folder / "adapter.safetensors")
+    save_file({**point.state.mask.kept}, folder / "mask.safetensors")
+    save_file({name: one.contiguous() for name, one in point.moments.items()}, folder / "optimizer.safetensors")
+
+
+def load_state(folder: Path) -> SavedRun | None:
+    """Return what a stopped run left, None where nothing was saved."""
     if not settled(folder).exists():
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    sensitivities = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))
-    removals = removals_from(values.pop("removals"))
-    state = ModelState(Mask(load_file(folder / "mask.safetensors")), load_file(folder / "adapter.safetensors"))  # type: ignore[arg-type]
-    return RunState(**values, removals=removals, sensitivities=sensitivities), state
+    values["sensitivities"] = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))
+    values["removals"] = removals_from(values["removals"])
+    values["good_look"] = Look.from_values(values["good_look"]) if values["good_look"] else None
+    good = _read_point(folder / GOOD)
+    now = _read_point(folder / NOW) if (folder / NOW).exists() else good
+    return SavedRun(RunState(**values), now, good, load_file(folder / "random.safetensors"))
 
 
-def resume_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Give a fresh optimizer its moments and step counts back, and torch its random states."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, one in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = one
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    random = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
+def _read_point(folder: Path) -> Point:
+    kept: Any = load_file(folder / "mask.safetensors")
+    state = ModelState(Mask(kept), load_file(folder / "adapter.safetensors"))
+    return Point(state, load_file(folder / "optimizer.safetensors"))
 
 
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def moments_of(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return a copy of the optimizer's moments and step counts."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": one.contiguous() for index, slot in state.items() for key, one in slot.items()}
+    return {f"{index}.{key}": one.detach().clone() for index, slot in state.items() for key, one in slot.items()}
+
+
+def restore_moments(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Put moments and step counts back, bit for bit; without any the optimizer is as fresh."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, one in moments.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = one.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def restore_random(states: Mapping[str, Tensor]) -> None:
+    """Give torch its random states back, those that were saved."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -103,15 +146,15 @@ def _read_averages(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> 
 
 
 def _run_values(run_state: RunState) -> dict[str, Any]:
-    one = run_state.sensitivities
+    values = {one.name: getattr(run_state, one.name) for one in fields(run_state) if one.name != "sensitivities"}
+    averages = run_state.sensitivities
     return {
-        "step": run_state.step,
-        "main_end": run_state.main_end,
-        "ended_by": run_state.ended_by,
-        "forgetting": run_state.forgetting,
-        "largest_step": run_state.largest_step,
-        "train_seconds": run_state.train_seconds,
-        "score_seconds": run_state.score_seconds,
+        **values,
         "removals": removal_columns(run_state.removals),
-        "averages": {"forget": one.forget.weight, "retain": one.retain.weight, "skipped": one.skipped},
+        "good_look": run_state.good_look.as_values() if run_state.good_look else None,
+        "averages": {
+            "forget": averages.forget.weight,
+            "retain": averages.retain.weight,
+            "skipped": averages.skipped,
+        },
     }

@@ -13,7 +13,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from loraprune.settings import (
 GOAL_MET, BUG, USER_ERROR, GOAL_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = "exit codes: 0 the goal is met, 3 the run ended before it, 2 an error you can mend, 1 a bug"
 
+WORDS = {"model": "MODEL", "output": "DIR"}  # settings that are written without a flag
 METAVARS: dict[type, str | None] = {str: None, int: "N", float: "X", tuple: "A,B,...", dict: "ROLE=COLUMN"}
 
 UNLEARNING_ONLY = (
@@ -53,6 +54,13 @@ EVALUATION = (
 )
 
 
+Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
+JSON: Arguments = {"--json": {"action": "store_true", "help": "Print JSON, and nothing else, on stdout."}}
+CONFIG: Arguments = {
+    "--config": {"metavar": "FILE.toml", "default": argparse.SUPPRESS, "help": "Settings; flags override."}
+}
+
+
 @dataclass(frozen=True)
 class Command:
     """One command: what it does, the settings it takes, those it cannot do without, and what it calls."""
@@ -63,8 +71,13 @@ class Command:
     call: Callable[[Settings, Namespace], int]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from those of Settings
     takes_any_file: bool = False  # a settings file may hold settings that steer nothing here
-    prints_json: bool = False
+    first_word: str = "model"  # the setting that is written without a flag
+    others: Arguments = field(default_factory=dict)  # arguments that are no settings
     only_looks: bool = False  # at the run of unlearn or of prune that the values ask for; it takes that one's settings
+
+    @property
+    def flagged(self) -> tuple[str, ...]:
+        return tuple(name for name in self.settings if name != self.first_word)
 
 
 def _all_but(*names: str) -> tuple[str, ...]:
@@ -89,6 +102,14 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
     from loraprune.report import evaluation_table
 
     Console().print(evaluation_table(results))
+    return GOAL_MET
+
+
+def _status(settings: Settings, options: Namespace) -> int:
+    from loraprune.status import read_status, status_text
+
+    status = read_status(Path(settings.output))
+    print(json.dumps(asdict(status), indent=2) if options.json else status_text(status, settings.output))
     return GOAL_MET
 
 
@@ -120,6 +141,7 @@ COMMANDS: dict[str, Command] = {
         _all_but("data"),
         ("model", "forget", "retain", "output"),
         _run,
+        others=CONFIG,
     ),
     "prune": Command(
         "Compress a model to a sparsity; no forget set. There is no floor unless one is set.",
@@ -127,6 +149,7 @@ COMMANDS: dict[str, Command] = {
         ("model", "data", "sparsity", "output"),
         _run,
         {"min_retain_performance": 0.0},
+        others=CONFIG,
     ),
     "evaluate": Command(
         "Measure what a model knows of each set.",
@@ -134,7 +157,15 @@ COMMANDS: dict[str, Command] = {
         ("model", "forget", "retain"),
         _evaluate,
         takes_any_file=True,
-        prints_json=True,
+        others={**JSON, **CONFIG},
+    ),
+    "status": Command(
+        "Show how far a run is, or how it ended, from what it wrote so far.",
+        ("output",),
+        ("output",),
+        _status,
+        first_word="output",
+        others=JSON,
     ),
     "plan": Command(
         "Look before you leap: every check of a run, candidates, memory and time; changes nothing. The flags are those "
@@ -142,7 +173,7 @@ COMMANDS: dict[str, Command] = {
         tuple(setting_names()),
         ("model", "forget", "retain"),
         _plan,
-        prints_json=True,
+        others={**JSON, **CONFIG},
         only_looks=True,
     ),
     "demo": Command(
@@ -226,7 +257,7 @@ def complete(command: str, values: Mapping[str, Any], spell: Callable[[str], str
     run = _looked_at(values) if COMMANDS[command].only_looks else command
     settings = settings_from({**COMMANDS[run].defaults, **values})
     _refuse_foreign(run, settings)
-    _refuse_missing(settings, _required(command, run), spell or _spelt)
+    _refuse_missing(settings, _required(command, run), spell or partial(_spelt, run))
     return settings
 
 
@@ -254,7 +285,7 @@ def _refuse_missing(settings: Settings, required: tuple[str, ...], spell: Callab
     if missing:
         raise UserError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
-            f"this run needs {', '.join(map(spell, required))}.",
+            f"the command needs {', '.join(map(spell, required))}.",
             f"add {' '.join(missing)}; --help says what each takes.",
         )
 
@@ -268,8 +299,9 @@ def _foreign(program: str, name: str, written: str) -> UserError:
     )
 
 
-def _spelt(name: str) -> str:
-    return "MODEL" if name == "model" else flag(name)
+def _spelt(command: str, name: str) -> str:
+    """Return how a command's setting is written: its flag, or the word that stands without one."""
+    return WORDS[name] if name == COMMANDS[command].first_word else flag(name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -296,6 +328,13 @@ class Parser(argparse.ArgumentParser):
         if written is None:
             return UserError(f"no flag takes {rest[0]!r}.", f"{self.prog} does not expect it.", "name its flag.")
         name = written.lstrip("-").replace("-", "_")
+        words = {one.dest: one.metavar for one in self._actions if not one.option_strings}
+        if name in words:
+            return UserError(
+                f"there is no flag {written}.",
+                f"{self.prog} takes it without a flag, as {words[name]}.",
+                f"leave {written} out; what follows it stays.",
+            )
         if name in setting_names():
             return _foreign(self.prog, name, written)
         known = {one.lstrip("-").replace("-", "_"): one for one in self._option_string_actions}
@@ -318,24 +357,20 @@ def _parser() -> Parser:
 
 
 def _usage(name: str) -> str:
-    required = [f"{flag(one)} {one.upper()}" for one in COMMANDS[name].required if one != "model"]
-    model = ["MODEL"] if "model" in COMMANDS[name].required else []
-    return " ".join(["loraprune", name, *model, *required, "[settings]"])
+    command = COMMANDS[name]
+    first = [WORDS[one] for one in command.required if one == command.first_word]
+    flags = [f"{flag(one)} {one.upper()}" for one in command.required if one in command.flagged]
+    return " ".join(["loraprune", name, *first, *flags, "[settings]" if command.flagged else "[options]"])
 
 
 def _fill(parser: Parser, name: str) -> None:
     command = COMMANDS[name]
-    if "model" in command.settings:
-        parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text_of("model"))
-    if command.prints_json:
-        parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")
-    if name != "demo":
-        parser.add_argument(
-            "--config", metavar="FILE.toml", default=argparse.SUPPRESS, help="Settings; flags override."
-        )
+    if (first := command.first_word) in command.settings:
+        parser.add_argument(first, metavar=WORDS[first], nargs="?", default=argparse.SUPPRESS, help=text_of(first))
+    for written, options in command.others.items():
+        parser.add_argument(written, **options)
     add_debug(parser)
-    flagged = [one for one in command.settings if one != "model"]
-    for section, names in itertools.groupby(flagged, section_of):
+    for section, names in itertools.groupby(command.flagged, section_of):
         group = parser.add_argument_group(section)
         for one in names:
             add_setting(group, one, flag(one), default=command.defaults.get(one))

@@ -240,7 +240,7 @@ def _permutation(count: int, key: str) -> list[int]:
 
 
 class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
-    """Item `step` is {"retain": batch, "forget": batch}, without "forget" where there is no forget set.
+    """Item `step` is {"retain": batch, "forget": batch, "already_forgotten": batch}, without those that are not there.
 
     A batch is what `collate` gives, and `rows`, (b,): where its examples stand in their set.
     Each set has its own batch size and its own seeded, endless shuffle; item `step` depends on (seed, step) alone, so
@@ -251,6 +251,7 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
         self,
         retain: Sequence[Example],
         forget: Sequence[Example] | None,
+        already_forgotten: Sequence[Example] = (),
         *,
         retain_batch_size: int,
         forget_batch_size: int,
@@ -261,6 +262,8 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
         self.streams = [_Stream("retain", retain, retain_batch_size, seed)]
         if forget:
             self.streams.append(_Stream("forget", forget, forget_batch_size, seed))
+        if already_forgotten:
+            self.streams.append(_Stream("already_forgotten", already_forgotten, forget_batch_size, seed))
         self.pad_token_id, self.length = pad_token_id, length
 
     def __len__(self) -> int:
@@ -286,7 +289,7 @@ class RetainSplit:
 
 def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
     """Split by seed, fractions counted in units: rows of one fact_id or one text stay together. At least 3 units."""
-    units = _find_units(rows)
+    units = find_facts(rows)
     order = sorted(set(units))
     if len(order) < 3:
         raise UserError(
@@ -302,8 +305,8 @@ def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
     return RetainSplit(**parts)
 
 
-def _find_units(rows: Sequence[Row]) -> list[int]:
-    """Return each row's unit, named by its first row: rows tied by fact_id or text, be it through others, share one."""
+def find_facts(rows: Sequence[Row]) -> list[int]:
+    """Return each row's fact, named by its first row: rows tied by fact_id or text, be it through others, share one."""
     parents = list(range(len(rows)))
 
     def root(index: int) -> int:

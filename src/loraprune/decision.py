@@ -3,45 +3,57 @@
 Reads    sensitivities averaged over time, (L, G) for every kind, the present mask, a budget in parameters
 Gives    the groups to remove now, and what ended the list
 Source   -
-Symbols  slice = one group of a kind in every layer, each layer's best remaining one; S = dual score
+Symbols  unit = each layer's best remaining groups of a kind, down to the next width that may stand (per-layer widths:
+         of one layer); chain = units that go one after the other; C chains, U units in each; S = dual score
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraprune.records import KINDS, Decision, Group, GroupKind, Mask, ModelGroups, Removal
+from loraprune.rules import Rules, allowed_widths
 from loraprune.sensitivity import dual_score, share_of
 
 Scores = Mapping[GroupKind, Tensor]
-Widths = Literal["uniform", "per_layer"]
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What every decision obeys."""
-
-    threshold: float = 0.5
-    epsilon: float = 1e-6
-    minimum_forget: float = 0.1
-    min_groups_per_layer: int = 1
-    widths: Widths = "uniform"
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What goes at once: a slice under uniform widths, one group under per-layer widths."""
+class _Units:
+    """The units of one kind, (C, U); those that a layer is past already are empty."""
 
     kind: GroupKind
-    groups: tuple[Group, ...]
-    parameters: int
-    share: float | None
-    forget: float | None
-    retain: float
-    candidate: bool
+    order: Tensor  # (L, G): each layer's groups, best first
+    number: Tensor  # (L, G): the unit of the group at that place of the order; C * U for groups that stay
+    size: Tensor  # (C, U): groups
+    parameters: Tensor  # (C, U)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of (L, G) values over each unit's groups, (C, U)."""
+        total = _sum_by_unit(self.number, values.gather(1, self.order), self.size.shape)
+        return total / self.size.clamp(min=1)
+
+    def members(self) -> tuple[list[int], list[int], list[int]]:
+        """Return layer and index of every group, unit by unit, and where each unit begins."""
+        places = self.number.flatten().argsort(stable=True)
+        layers = places.div(self.order.shape[1], rounding_mode="floor")
+        begins = torch.cat([torch.zeros(1, dtype=torch.long), self.size.flatten().cumsum(0)])
+        return layers.tolist(), self.order.flatten()[places].tolist(), begins.tolist()
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Units with what is said of them, (C, U) each; the lowest `key` goes first."""
+
+    units: _Units
+    key: Tensor
+    candidate: Tensor
+    share: Tensor | None
+    forget: Tensor | None
+    retain: Tensor
 
 
 def decide_unlearning(
@@ -49,44 +61,31 @@ def decide_unlearning(
 ) -> Decision:
     """Return the groups that go now: candidates in falling order of share, while they fit into `budget` parameters.
 
-    Under uniform widths a candidate is a slice, its share made of summed sensitivities.
+    Under uniform widths a candidate takes every layer down to the next width that may stand; its share is made of the
+    summed sensitivities of all its groups.
     """
-    queues = [
-        queue
-        for kind in KINDS
-        for queue in _queues(
-            kind, _unlearning_order(forget[kind], retain[kind], kept.kept[kind], rules), kept, groups, rules
-        )
-    ]
-
-    def judged(kind: GroupKind, members: tuple[Group, ...]) -> _Unit:
-        return _judged_unit(kind, members, forget[kind], retain[kind], groups, rules)
-
-    return _take(queues, judged, lambda unit: -(unit.share or 0.0), kept, groups, budget, step)
+    ranked = []
+    for kind in sorted(KINDS):
+        units = _units(kind, _unlearning_order(forget[kind], retain[kind], kept.kept[kind], rules), kept, groups, rules)
+        cared, needed = units.mean(forget[kind]), units.mean(retain[kind])
+        share = share_of(dual_score(cared, needed, rules.epsilon))
+        candidate = (share > rules.threshold) & (cared >= rules.minimum_forget)
+        ranked.append(_Ranked(units, -share, candidate, share, cared, needed))
+    return _decision(ranked, budget, step)
 
 
 def decide_compression(
     retain: Scores, kept: Mask, groups: ModelGroups, *, budget: int, rules: Rules, step: int = 0
 ) -> Decision:
     """Return the groups of lowest sensitivity, as nearly as possible the same fraction of each kind, worth `budget`."""
-    queues = []
-    for kind in KINDS:
+    ranked = []
+    for kind in sorted(KINDS):
         order = torch.where(kept.kept[kind], retain[kind], torch.inf).sort(dim=1, stable=True).indices
-        queues += _queues(kind, order, kept, groups, rules)
-
-    def plain(kind: GroupKind, members: tuple[Group, ...]) -> _Unit:
-        total = sum(float(retain[kind][one.layer, one.index]) for one in members)
-        return _Unit(kind, members, _parameters(kind, members, groups), None, None, total / len(members), True)
-
-    gone = {kind: int((~one).sum()) for kind, one in kept.kept.items()}
-
-    def fraction_gone(unit: _Unit) -> float:
-        return (gone[unit.kind] + len(unit.groups)) / kept.kept[unit.kind].numel()
-
-    def count(unit: _Unit) -> None:
-        gone[unit.kind] += len(unit.groups)
-
-    return _take(queues, plain, fraction_gone, kept, groups, budget, step, taken=count)
+        units = _units(kind, order, kept, groups, rules)
+        needed = units.mean(retain[kind])
+        key = _fraction_gone(units, needed, kept.kept[kind])
+        ranked.append(_Ranked(units, key, torch.ones_like(key, dtype=torch.bool), None, None, needed))
+    return _decision(ranked, budget, step)
 
 
 def _unlearning_order(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
@@ -96,77 +95,88 @@ def _unlearning_order(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules
     return torch.where(kept, score, -torch.inf).sort(dim=1, descending=True, stable=True).indices
 
 
-def _queues(
-    kind: GroupKind, order: Tensor, kept: Mask, groups: ModelGroups, rules: Rules
-) -> list[Iterator[tuple[GroupKind, tuple[Group, ...]]]]:
-    """Return the units of one kind, best first: one queue of slices, or a queue of single groups a layer."""
+def _units(kind: GroupKind, order: Tensor, kept: Mask, groups: ModelGroups, rules: Rules) -> _Units:
+    """Cut each layer's order where the layer reaches an allowed width: one chain for all layers, or one a layer."""
     left = kept.kept[kind].sum(1)
-    spare = (left - rules.min_groups_per_layer).clamp(min=0).tolist()
-    units: list[list[tuple[GroupKind, tuple[Group, ...]]]]
-    if rules.widths == "uniform":
-        columns = [tuple(Group(layer, kind, int(i)) for layer, i in enumerate(order[:, j])) for j in range(min(spare))]
-        units = [[(kind, members) for members in columns]]
-    else:
-        units = [
-            [(kind, (Group(layer, kind, int(i)),)) for i in order[layer, : spare[layer]]] for layer in range(len(order))
-        ]
-    return [iter(one) for one in units]
+    uniform = rules.widths == "uniform"
+    highest = int(left.min() if uniform else left.max())
+    widths = torch.tensor([one for one in allowed_widths(kind, groups, rules) if one < highest], dtype=torch.long)
+    shape = (1 if uniform else len(left), len(widths))
+    places = torch.arange(order.shape[1]).repeat(len(order), 1)
+    unit = torch.searchsorted(left[:, None] - widths, places, right=True)
+    chain = torch.zeros(len(left), dtype=torch.long) if uniform else torch.arange(len(left))
+    number = torch.where(unit < len(widths), unit + chain[:, None] * len(widths), shape[0] * shape[1])
+    cost = torch.tensor([[one.parameters_per_group] for one in groups.layers[kind]]).expand_as(order)
+    size = _sum_by_unit(number, torch.ones_like(order), shape)
+    return _Units(kind, order, number, size.long(), _sum_by_unit(number, cost, shape).long())
 
 
-def _judged_unit(
-    kind: GroupKind, members: tuple[Group, ...], forget: Tensor, retain: Tensor, groups: ModelGroups, rules: Rules
-) -> _Unit:
-    layers, indices = [one.layer for one in members], [one.index for one in members]
-    cared, kept = float(forget[layers, indices].mean()), float(retain[layers, indices].mean())
-    share = share_of(dual_score(cared, kept, rules.epsilon))
-    candidate = share > rules.threshold and cared >= rules.minimum_forget
-    return _Unit(kind, members, _parameters(kind, members, groups), share, cared, kept, candidate)
+def _sum_by_unit(number: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the sums of values over each unit, (C, U), float64."""
+    count = shape[0] * shape[1]
+    return torch.bincount(number.flatten(), values.double().flatten(), minlength=count + 1)[:count].reshape(*shape)
 
 
-def _parameters(kind: GroupKind, members: tuple[Group, ...], groups: ModelGroups) -> int:
-    return sum(groups.layers[kind][one.layer].parameters_per_group for one in members)
+def _fraction_gone(units: _Units, mean: Tensor, kept: Tensor) -> Tensor:
+    """Return which part of the kind is gone once a unit is, when the units of lowest mean go first."""
+    first = mean.cummax(1).values.flatten().argsort(stable=True)
+    gone = torch.empty(len(first), dtype=torch.float64)
+    gone[first] = (units.size.flatten()[first].cumsum(0) + (~kept).sum()).double()
+    return gone.reshape(mean.shape) / kept.numel()
 
 
-def _take(
-    queues: list[Iterator[tuple[GroupKind, tuple[Group, ...]]]],
-    make: Callable[[GroupKind, tuple[Group, ...]], _Unit],
-    order: Callable[[_Unit], float],
-    kept: Mask,
-    groups: ModelGroups,
-    budget: int,
-    step: int,
-    taken: Callable[[_Unit], None] | None = None,
-) -> Decision:
-    """Take units from the heads of the queues, lowest `order` first, until nothing fits or nothing is a candidate."""
-    heads = [(queue, unit) for queue in queues if (unit := _next(queue, make)) is not None]
-    removals: list[Removal] = []
-    left_kv = int(kept.kept["kv_group"][0].sum())
-    refused_for_size = False
-    while heads:
-        heads.sort(key=lambda head: (order(head[1]), head[1].kind, head[1].groups[0]))
-        queue, unit = heads.pop(0)
-        if not unit.candidate:
+def _decision(ranked: Sequence[_Ranked], budget: int, step: int) -> Decision:
+    taken, refused = _taken(ranked, budget)
+    return Decision(tuple(_removals(ranked, taken, step)), "budget" if refused else "no_candidates")
+
+
+def _taken(ranked: Sequence[_Ranked], budget: int) -> tuple[list[tuple[int, int]], bool]:
+    """Take units, lowest key first, each after those before it in its chain, until nothing fits or is a candidate.
+
+    Returns which of `ranked` and which unit, in order, and whether a candidate was refused for its size.
+    """
+    taken, ended = [], set()
+    for which, chain, unit, parameters in _queue(ranked):
+        if (which, chain) in ended:
             continue
-        if unit.parameters > budget or not _allowed(unit, left_kv, groups):
-            refused_for_size = True
+        if parameters > budget:
+            ended.add((which, chain))
             continue
-        budget -= unit.parameters
-        left_kv -= unit.kind == "kv_group"
-        removals += [Removal(one, unit.share, unit.forget, unit.retain, step) for one in unit.groups]
-        if taken is not None:
-            taken(unit)
-        if (following := _next(queue, make)) is not None:
-            heads.append((queue, following))
-    return Decision(tuple(removals), "budget" if refused_for_size else "no_candidates")
+        budget -= parameters
+        taken.append((which, unit))
+    return taken, bool(ended)
 
 
-def _next(
-    queue: Iterator[tuple[GroupKind, tuple[Group, ...]]], make: Callable[[GroupKind, tuple[Group, ...]], _Unit]
-) -> _Unit | None:
-    following = next(queue, None)
-    return None if following is None else make(*following)
+def _queue(ranked: Sequence[_Ranked]) -> Iterator[tuple[int, int, int, int]]:
+    """Give (which of `ranked`, chain, unit, parameters) of the candidates: a chain ends at its first other unit."""
+    columns: list[list[Tensor]] = []
+    for which, one in enumerate(ranked):
+        there = one.units.size > 0
+        open_so_far = (one.candidate | ~there).cummin(1).values & there
+        chain, place = open_so_far.nonzero(as_tuple=True)
+        key = torch.where(there, one.key, -torch.inf).cummax(1).values  # a unit waits for those before it
+        unit = chain * there.shape[1] + place
+        columns.append(
+            [key[chain, place], torch.full_like(chain, which), chain, unit, one.units.parameters[chain, place]]
+        )
+    key, *said = (torch.cat(column) for column in zip(*columns, strict=True))
+    order = key.argsort(stable=True)
+    return zip(*(one[order].tolist() for one in said), strict=True)
 
 
-def _allowed(unit: _Unit, left_kv: int, groups: ModelGroups) -> bool:
-    """Say whether the family has a stock checkpoint for the head count that a whole slice would leave."""
-    return unit.kind != "kv_group" or len(unit.groups) < groups.depth or left_kv - 1 in groups.allowed_kv_groups
+def _removals(ranked: Sequence[_Ranked], taken: Sequence[tuple[int, int]], step: int) -> Iterator[Removal]:
+    """Give the removals of the units taken, in order; within a unit by layer, then best first."""
+    members, said = [one.units.members() for one in ranked], [_said(one) for one in ranked]
+    for which, unit in taken:
+        (layers, indices, begins), kind = members[which], ranked[which].units.kind
+        for place in range(begins[unit], begins[unit + 1]):
+            yield Removal(Group(layers[place], kind, indices[place]), *said[which][unit], step)
+
+
+def _said(ranked: _Ranked) -> list[tuple[Any, Any, Any]]:
+    """Return share, forget and retain of every unit; None where there is no such number."""
+    nothing = [None] * ranked.key.numel()
+    share, forget, retain = (
+        nothing if one is None else one.flatten().tolist() for one in (ranked.share, ranked.forget, ranked.retain)
+    )
+    return list(zip(share, forget, retain, strict=True))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from loraprune.data import load_rows
 from loraprune.errors import UserError
-from loraprune.folder import write_text
+from loraprune.folder import RunFolder, write_text
 from loraprune.model import quiet_libraries
 from loraprune.pipeline import run
 from loraprune.records import RunReport
@@ -41,10 +41,10 @@ SETTINGS: dict[str, Any] = {"sparsity": 0.26, "dtype": "float32", "device": "cpu
 
 def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Console | None = None) -> RunReport:
     """Make the world and both models (once), then run `unlearn` on them as a user would, and return its report."""
-    console = console or Console()
-    with quiet_libraries():
+    console, settings = console or Console(), settings_for(folder, seed, show_examples=show_examples)
+    with quiet_libraries(), RunFolder(folder, settings).held(console.print):
         make_inputs(folder, seed)
-    return run(settings_for(folder, seed, show_examples=show_examples), console)
+    return run(settings, console)
 
 
 def settings_for(folder: Path, seed: int, **others: Any) -> Settings:

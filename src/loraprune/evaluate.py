@@ -6,17 +6,19 @@ Source   probability as in TOFU, arXiv 2401.06121: exp(-mean negative log-likeli
 Symbols  P = mean over rows of exp(-mean over answer tokens of -log p)
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraprune.data import Example, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate, find_facts
 from loraprune.inputs import encode_set, load_set
+from loraprune.interval import ratio_interval
 from loraprune.model import checked_config, load_model, load_tokenizer, pad_token_id, quiet_libraries
 from loraprune.objectives import answer_log_probabilities, logits_of, row_means, row_sums
+from loraprune.records import Interval
 from loraprune.settings import Settings
 
 
@@ -38,10 +40,21 @@ class Measured:
     loss: float
     exact_match: float
     fact_performance: float | None
-    rows: int
+    row_performance: tuple[float, ...]
 
-    def as_values(self) -> dict[str, float | int | None]:
-        return dataclasses.asdict(self)
+    @property
+    def rows(self) -> int:
+        return len(self.row_performance)
+
+    def interval(self, facts: Sequence[int]) -> Interval | None:
+        """Return the performance's 95% bootstrap interval; rows of one fact have the same number in `facts`."""
+        return ratio_interval(self.row_performance, [1.0] * self.rows, facts)
+
+    def as_values(self, facts: Sequence[int]) -> dict[str, Any]:
+        """Return the numbers as files hold them: the interval is of so many facts."""
+        names = ("performance", "loss", "exact_match", "fact_performance", "rows")
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "facts": len(set(facts)), "performance_interval": self.interval(facts)}
 
 
 @torch.no_grad()
@@ -99,11 +112,11 @@ def measured(values: AnswerValues) -> Measured:
         loss=float(-means.mean()),
         exact_match=float(values.exact.mean()),
         fact_performance=float(marked.exp().mean()) if len(marked) else None,
-        rows=len(means),
+        row_performance=tuple(means.exp().tolist()),
     )
 
 
-def evaluate_files(settings: Settings) -> dict[str, dict[str, float | int | None]]:
+def evaluate_files(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return what the model of the settings knows of each set that they name, and the reference of the forget set."""
     with quiet_libraries():
         names = [name for name in ("forget", "retain", "holdout", "bystander") if getattr(settings, name)]
@@ -113,16 +126,14 @@ def evaluate_files(settings: Settings) -> dict[str, dict[str, float | int | None
     return results
 
 
-def _measure_files(
-    model_name: str, names: Sequence[str], settings: Settings
-) -> dict[str, dict[str, float | int | None]]:
+def _measure_files(model_name: str, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
     checked_config(model_name, settings)
     tokenizer = load_tokenizer(model_name, settings)
-    sets = {
-        name: encode_set(load_set(settings, name, getattr(settings, name)), tokenizer, name, settings) for name in names
-    }
+    rows = {name: load_set(settings, name, getattr(settings, name)) for name in names}
+    sets = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
     model, pad = load_model(model_name, settings), pad_token_id(tokenizer)
+    size = settings.evaluate_batch_size
     return {
-        name: measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad).as_values()
+        name: measure(model, examples, batch_size=size, pad_token_id=pad).as_values(find_facts(rows[name]))
         for name, examples in sets.items()
     }

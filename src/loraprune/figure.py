@@ -1,7 +1,7 @@
 """Figure: a run over its steps, and every set before and after, as one picture.
 
 Reads    the content of metrics.json and events.jsonl
-Gives    draw_result, figure_bytes
+Gives    draw_result, draw_course, figure_bytes
 Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008
 Symbols  P = performance
 """
@@ -9,7 +9,9 @@ Symbols  P = performance
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,11 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from loraprune.events import Attempt, attempts, has_look
 from loraprune.folder import write_bytes
 from loraprune.words import Values, band_texts, percent
 
 FORGET, RETENTION, REMOVED, INK, QUIET = "#C44E00", "#0072B2", "#DDDDDD", "#333333", "#666666"
 BARS = {"before": "#BDBDBD", "after": "#0072B2", "reference": "#E69F00"}
+STOOD = ("accept", "roll_back", "evaluate", "stop")  # looks at a state that the run came to or went back to
+MARKS = {"repaired": "v", "rolled back": "x"}  # what came of a state that broke a limit
+LEGEND: dict[str, Any] = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1.02, 0.99),
+    "frameon": False,
+    "fontsize": 10,
+    "columnspacing": 1.2,
+}
 LABEL_GAP = 0.062  # of the left panel's height; a line of text
 MARGIN = 0.34  # of the training steps; room for the labels
 Label = tuple[float, str, str]  # height, words, colour
@@ -35,23 +47,37 @@ class Look:
     retention: float
     sparsity: float
     forget: float | None
+    interval: tuple[float, float] | None = None  # of retention
 
 
 def course(metrics: Values, events: Iterable[Values]) -> list[Look]:
     """Return the run from the untouched model to the written one; of a step seen twice, the later look counts."""
     known = metrics.get("forget") or {"before": {}, "after": {}}
-    looks = [Look(0, 1.0, 0.0, known["before"].get("performance"))]
+    looks = [Look(0, 1.0, 0.0, known["before"].get("performance"), (1.0, 1.0))]
     last_step = 0
     for event in events:
         step = event.get("step", last_step)
         last_step = step
-        if event["event"] in ("accept", "evaluate", "stop") and {"retention", "sparsity"} <= event.keys():
+        if has_look(event, STOOD):
             looks = [one for one in looks if one.step < step]
-            looks.append(Look(step, event["retention"], event["sparsity"], event.get("forget")))
+            looks.append(_look(step, event))
     end = metrics["floor"].get("retention")
     retention = metrics["retention"] if end is None else end
+    interval = looks[-1].interval if looks[-1].step == last_step else None
     looks = [one for one in looks if one.step < last_step]
-    return [*looks, Look(last_step, retention, metrics["sparsity"], known["after"].get("performance"))]
+    return [*looks, Look(last_step, retention, metrics["sparsity"], known["after"].get("performance"), interval)]
+
+
+def _look(step: int, event: Values) -> Look:
+    """Return what an event saw; a number that is not finite stands there as text."""
+    forget, interval = event.get("forget"), event.get("retention_interval")
+    return Look(
+        step,
+        float(event["retention"]),
+        event["sparsity"],
+        None if forget is None else float(forget),
+        interval and (float(interval[0]), float(interval[1])),
+    )
 
 
 def draw_result(metrics: Values, events: Iterable[Values], path: Path) -> None:
@@ -64,7 +90,7 @@ def figure_bytes(metrics: Values, events: Iterable[Values]) -> bytes:
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _draw_course(left, metrics, course(metrics, events))
+    draw_course(left, metrics, list(events))
     _draw_bars(right, metrics)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -77,15 +103,47 @@ def _style(axes: Axes, title: str) -> None:
     axes.tick_params(labelsize=10, colors=INK)
 
 
-def _draw_course(axes: Axes, metrics: Values, looks: Sequence[Look]) -> None:
+def draw_course(axes: Axes, metrics: Values, events: Sequence[Values]) -> None:
+    """Draw the left panel: retention, P(forget) and the removed share over the steps, and what broke a limit."""
+    looks, marks = course(metrics, events), _marks(attempts(events))
     end = max(looks[-1].step, 1)
-    top = max(1.08, 1.06 * max(one.retention for one in looks))
+    heights = [*(one.retention for one in looks), *(height for points in marks.values() for _, height in points)]
+    top = max(1.08, 1.06 * max(height for height in heights if isfinite(height)))
     _style(axes, "The run, step by step")
     axes.set(xlim=(0, (1 + MARGIN) * end), ylim=(0, top))
     axes.set_xlabel("training step", fontsize=10, color=INK, x=0.5 / (1 + MARGIN))
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end])
     labels = [_draw_removed(axes, looks, top), *_draw_bounds(axes, metrics, end), *_draw_lines(axes, looks)]
+    _draw_interval(axes, looks)
+    _draw_marks(axes, marks)
     _write_labels(axes, labels, 1.02 * end, top)
+
+
+def _marks(tried: Iterable[Attempt]) -> dict[str, list[tuple[int, float]]]:
+    """Return step and retention of each state that broke a limit, by what came of it."""
+    broke = [one for one in tried if one.broken or not one.accepted]
+    marks = {
+        "repaired": [(one.step, one.retention) for one in broke if one.accepted and one.retention is not None],
+        "rolled back": [(one.step, one.retention) for one in broke if not one.accepted and one.retention is not None],
+    }
+    return {name: points for name, points in marks.items() if points}
+
+
+def _draw_marks(axes: Axes, marks: dict[str, list[tuple[int, float]]]) -> None:
+    """Mark what the controller did, with a key above the panel; nothing where no limit was broken."""
+    style: dict[str, Any] = {"color": RETENTION, "markerfacecolor": "white", "markeredgewidth": 1.6, "linestyle": ""}
+    for name, points in marks.items():
+        axes.plot(*zip(*points, strict=True), marker=MARKS[name], markersize=6.5, label=name, clip_on=False, **style)
+    if marks:
+        axes.legend(ncols=len(marks), handletextpad=0.1, **LEGEND)
+
+
+def _draw_interval(axes: Axes, looks: Sequence[Look]) -> None:
+    """Shade the interval of retention; the untouched model's, an exact 1, begins it where others follow."""
+    known = [(one.step, *one.interval) for one in looks if one.interval is not None]
+    if len(known) > 1:
+        steps, low, high = (list(numbers) for numbers in zip(*known, strict=True))
+        axes.fill_between(steps, low, high, color=RETENTION, alpha=0.15, linewidth=0)
 
 
 def _draw_lines(axes: Axes, looks: Sequence[Look]) -> list[Label]:
@@ -171,8 +229,7 @@ def _draw_bars(axes: Axes, metrics: Values) -> None:
     half, middle = max(len(blocks), 3) / 2 + 0.1, (len(blocks) - 1) / 2
     axes.set(xlim=(middle - half, middle + half), ylim=(0, 1.08))
     keys = [Patch(color=BARS[name], label=name) for name in states]
-    legend = {"ncols": len(states), "handlelength": 1, "columnspacing": 1.2, "frameon": False, "fontsize": 10}
-    axes.legend(handles=keys, loc="lower right", bbox_to_anchor=(1.02, 0.99), **legend)
+    axes.legend(handles=keys, ncols=len(states), handlelength=1, **LEGEND)
 
 
 def _draw_bar(axes: Axes, x: float, height: float, width: float, name: str) -> None:

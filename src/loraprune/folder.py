@@ -1,4 +1,4 @@
-"""Folder: a run on disk; every file is written under a temporary name and renamed.
+"""Folder: a run on disk, in one process at a time; every file is written under a temporary name and renamed.
 
 Reads    a run's folder, if an earlier start left one
 Gives    RunFolder, write_text, write_bytes, write_json
@@ -7,29 +7,46 @@ Symbols  -
 """
 
 import json
+import os
+import platform
 import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from filelock import FileLock, Timeout
 
 from loraprune.errors import UserError
 from loraprune.settings import Settings, as_values, flag, settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
+BEFORE_TRAINING = ("config.toml", "inputs.json", "before.json", "original.json", "events.jsonl")
+LOCK, OWNER = "run.lock", "owner.json"  # the kernel frees the lock of a process that ended, however it ended
+PATIENCE = 1.0  # seconds: long enough for an owner to leave its name, and for one that ends to let go
 CHANGEABLE = ("output", "show_examples", "report_to")  # these alter nothing that a run decides
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing."""
+    """Write a whole file or nothing, whatever ends the process or the machine."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(data)
+    _sync(temporary)
     temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a folder's list of names on the disk: else a rename may get there before what it renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,6 +75,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    for one in (*temporary.rglob("*"), temporary):
+        _sync(one)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.replace(old)
@@ -74,6 +93,15 @@ def settled(path: Path) -> Path:
 
 def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".old")
+
+
+def _told(value: Any) -> Any:
+    """Return a value as JSON can hold it: numbers that are not finite as text."""
+    if isinstance(value, Mapping):
+        return {name: _told(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(one) for one in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 class RunFolder:
@@ -98,10 +126,71 @@ class RunFolder:
                 "choose another --output, or empty that folder.",
             )
 
-    def open(self) -> None:
-        """Make the folder, or take up the run in it."""
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over and nothing is left to tidy; then nobody writes here any more."""
+        here = {name for name in ("metrics.json", "report.html", "state", LOCK, OWNER) if (self.path / name).exists()}
+        return here == {"metrics.json", "report.html"}
+
+    @contextmanager
+    def held(self, say: Callable[[str], Any]) -> Iterator[None]:
+        """Keep every other process out of the folder while the block runs; a finished run needs no lock.
+
+        Raises UserError with the name of the process that holds it; `say` gets a line about one that was killed here.
+        """
+        if self.finished:
+            yield
+            return
+        made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise self._in_use() from None
+        try:
+            self.check()  # another process may have begun, and ended, since this one looked
+            self._sign(say)
+            yield
+        finally:
+            (self.path / OWNER).unlink(missing_ok=True)
+            (self.path / LOCK).unlink(missing_ok=True)  # while it is held: nobody may wait on a name that goes
+            lock.release()
+            if made and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _sign(self, say: Callable[[str], Any]) -> None:
+        """Leave this process's name, having said whose name was left by a kill."""
+        if (earlier := self.read(OWNER)) is not None:
+            say(f"{_name_of(earlier)} ended without finishing; the run goes on where it was")
+        since = datetime.now().strftime("%Y-%m-%d %H:%M")
+        write_json(self.path / OWNER, {"process": os.getpid(), "host": platform.node(), "since": since})
+
+    def _in_use(self) -> UserError:
+        owner = self.read(OWNER)
+        return UserError(
+            f"{self.path} is in use by {'another process' if owner is None else _name_of(owner)}.",
+            "two processes in one run's folder would overwrite each other's files.",
+            "wait for that process or end it, then give the same command; or choose another --output.",
+        )
+
+    def open(self) -> None:
+        """Take up the run in the folder, or begin one; an event that a kill cut short is dropped."""
         write_text(self.path / "config.toml", tomli_w.dumps(as_values(self.settings)))
+        log = self.path / "events.jsonl"
+        if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):
+            write_bytes(log, content[: content.rfind(b"\n") + 1])
+
+    @contextmanager
+    def withdrawn_if_refused(self) -> Iterator[None]:
+        """Take back what the block wrote where it refuses the run, with a UserError, before anything was trained."""
+        try:
+            yield
+        except UserError:
+            if not any((self.path / name).exists() for name in ("state", "model")):
+                for name in BEFORE_TRAINING:
+                    (self.path / name).unlink(missing_ok=True)
+            raise
 
     def _refuse_changed(self, before: Settings) -> None:
         names = [name for name in before.changed(self.settings) if name not in CHANGEABLE]
@@ -126,14 +215,13 @@ class RunFolder:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def drop_events_after(self, step: int) -> None:
-        """Forget events of steps that a resumed run takes again."""
+        """Forget events of steps that a resumed run takes again; -1: of all, the look before the first step included."""
         kept = [one for one in self.events() if one.get("step", 0) <= step]
         write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf"."""
-        told = {name: str(one) if isinstance(one, float) and not isfinite(one) else one for name, one in values.items()}
-        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **told}
+        line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **_told(values)}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -142,3 +230,7 @@ class RunFolder:
         if (value := self.read(name)) is None:
             write_json(self.path / name, value := make())
         return value
+
+
+def _name_of(owner: Mapping[str, Any]) -> str:
+    return f"process {owner['process']} on {owner['host']} since {owner['since']}"

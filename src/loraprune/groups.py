@@ -124,17 +124,6 @@ def meta_groups(config: PretrainedConfig) -> ModelGroups:
         return find_groups(AutoModelForCausalLM.from_config(config), config)
 
 
-def prunable_parameters(config: PretrainedConfig, min_groups_per_layer: int) -> float:
-    """Return the largest part of all parameters, in [0, 1], that pruning may remove."""
-    groups = meta_groups(config)
-    spare = sum(
-        max(0, one.count - min_groups_per_layer) * one.parameters_per_group
-        for layers in groups.layers.values()
-        for one in layers
-    )
-    return spare / groups.total_parameters
-
-
 def find_groups(model: nn.Module, config: PretrainedConfig) -> ModelGroups:
     """Return the prunable groups of a loaded model; raise UserError where its weights contradict its config."""
     family = family_of(config)

@@ -8,29 +8,51 @@ Symbols  -
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil, floor
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from loraprune.data import Example, Overlap, Row, encode, find_overlap, load_rows, refuse_overlap, split_retain
+from loraprune.data import (
+    Example,
+    Overlap,
+    Row,
+    encode,
+    find_facts,
+    find_overlap,
+    load_rows,
+    refuse_overlap,
+    split_retain,
+)
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, prunable_parameters
+from loraprune.groups import expected_shapes, meta_groups
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
+from loraprune.records import KINDS, ModelGroups
+from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
 from loraprune.settings import Settings, flag
 
-OPTIONAL_SETS = ("holdout", "bystander")
+OPTIONAL_SETS = ("holdout", "bystander", "guard")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run works on; sets by name: forget, taught, floor, final, holdout, bystander, those that there are."""
+    """What a run works on; sets by name: forget, taught, floor, final, OPTIONAL_SETS and those of earlier requests."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     rows: Mapping[str, Sequence[Row]]
     examples: Mapping[str, Sequence[Example]]
     overlap: Overlap | None
-    forget_for_reference: Sequence[Example] | None
+    for_reference: Mapping[str, Sequence[Example]]  # forget and earlier requests under the reference's tokenizer
+
+    @property
+    def facts(self) -> dict[str, list[int]]:
+        """Return every set's facts: rows with the same number say the same thing, or belong to one fact_id."""
+        return {name: find_facts(rows) for name, rows in self.rows.items()}
+
+
+def earlier_sets(settings: Settings) -> dict[str, str]:
+    """Return name and source of the forget sets of earlier requests."""
+    return {f"already_forgotten_{number}": one for number, one in enumerate(settings.already_forgotten, start=1)}
 
 
 def require(settings: Settings) -> None:
@@ -59,16 +81,20 @@ def prepare(settings: Settings) -> Inputs:
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
-    reference = _encode_for_reference(settings, rows)
-    return Inputs(config, tokenizer, rows, examples, overlap, reference)
+    for_reference = _encode_for_reference(settings, rows)
+    if settings.original is not None:
+        checked_config(settings.original, settings)
+    return Inputs(config, tokenizer, rows, examples, overlap, for_reference)
 
 
-def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> list[Example] | None:
-    """Return the forget set under the reference's own tokenizer, once that model is known to be there."""
+def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
+    """Return what is to be forgotten under the reference's own tokenizer, once that model is known to be there."""
     if settings.reference is None or "forget" not in rows:
-        return None
+        return {}
     checked_config(settings.reference, settings)
-    return encode_set(rows["forget"], load_tokenizer(settings.reference, settings), "forget", settings)
+    tokenizer = load_tokenizer(settings.reference, settings)
+    names = ("forget", *earlier_sets(settings))
+    return {name: encode_set(rows[name], tokenizer, name, settings) for name in names}
 
 
 def encode_set(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings) -> list[Example]:
@@ -94,6 +120,10 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
     for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
         if source and "forget" in rows:
             _refuse_shared(rows[name], rows["forget"], f"{name}-rows", "forget set")
+    for name, source in earlier_sets(settings).items():
+        rows[name] = load_set(settings, "already-forgotten", source)
+        if not settings.allow_overlap:
+            _refuse_shared(rows[name], kept, "already-forgotten", "retain set")
     for name in OPTIONAL_SETS:
         if (source := getattr(settings, name)) is not None:
             rows[name] = load_set(settings, name, source)
@@ -140,14 +170,52 @@ def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
             )
 
 
-def _refuse_unreachable(settings: Settings, config: Any) -> None:
-    """Refuse a sparsity that cannot be had even if every layer went down to its last groups."""
-    if settings.sparsity is None:
-        return
-    most = prunable_parameters(config, settings.min_groups_per_layer)
-    if settings.sparsity > most:
+WIDTHS_THAT_STAND = (
+    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and of attention "
+    "only head counts that the family's config takes."
+)
+
+
+def _refuse_unreachable(settings: Settings, config: PretrainedConfig) -> None:
+    """Refuse a goal that cannot be had under the widths that may stand."""
+    groups, rules = meta_groups(config), Rules.of(settings)
+    if most_removable(groups, rules) == 0:
         raise UserError(
-            f"sparsity {settings.sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable.",
-            f"embeddings stay whole and every layer keeps {settings.min_groups_per_layer} group(s) of each kind.",
-            f"lower --sparsity to at most {int(most * 1000) / 1000:g}.",
+            f"nothing can be cut: {_lowest_widths(groups, rules)}.",
+            WIDTHS_THAT_STAND,
+            "lower --min-groups-per-layer or --round-to.",
         )
+    if settings.sparsity is not None:
+        _refuse_too_much(settings.sparsity, groups, rules)
+    name = "max_sparsity" if settings.sparsity is None else "sparsity"
+    _refuse_too_little(name, getattr(settings, name), groups, rules)
+
+
+def _refuse_too_much(sparsity: float, groups: ModelGroups, rules: Rules) -> None:
+    most = most_removable(groups, rules) / groups.total_parameters
+    if sparsity > most:
+        raise UserError(
+            f"sparsity {sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable; "
+            f"{_lowest_widths(groups, rules)}.",
+            f"embeddings stay whole; {WIDTHS_THAT_STAND}",
+            f"lower --sparsity to at most {floor(most * 1000) / 1000:g}, or --min-groups-per-layer or --round-to.",
+        )
+
+
+def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules) -> None:
+    step, allowed = smallest_step(groups, rules), int(goal * groups.total_parameters)
+    if allowed < step:
+        enough = ceil(step / groups.total_parameters * 10_000) / 10_000
+        raise UserError(
+            f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
+            WIDTHS_THAT_STAND,
+            f"raise {flag(name)} to at least {enough:g}, or lower --round-to.",
+        )
+
+
+def _lowest_widths(groups: ModelGroups, rules: Rules) -> str:
+    """Return in words to which width each kind may be cut down."""
+    ends = {kind: allowed_widths(kind, groups, rules) for kind in KINDS}
+    return "a layer keeps at least " + " and ".join(
+        f"{widths[-1]} of {widths[0]} {kind}s" for kind, widths in ends.items()
+    )

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -195,6 +196,29 @@ def attach_lora(model: Any, settings: Settings) -> PeftModel:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, lora_config(settings))
+
+
+def lora_layers(model: PeftModel) -> list[Any]:
+    """Return the layers that carry adapters."""
+    return [one for one in model.modules() if isinstance(one, LoraLayer)]
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Run the model with its adapters merged inside this block, rounded as they will be written.
+
+    Afterwards the weights are back bit for bit, which subtracting what was added would not give.
+    """
+    tuner: Any = model.base_model
+    weights = [layer.get_base_layer().weight for layer in lora_layers(model)]
+    kept = [one.detach().to("cpu", copy=True) for one in weights]
+    tuner.merge_adapter()
+    try:
+        yield
+    finally:
+        tuner.unmerge_adapter()
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -3,14 +3,12 @@
 Reads    Settings
 Gives    a run folder and RunReport
 Source   -
-Symbols  P = performance
+Symbols  P = performance; original = the model before the first request, the given model where this is the first
 """
 
 import gc
 import platform
-import resource
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,18 +23,17 @@ from safetensors.torch import save_file
 from loraprune.checkpoint import RunState
 from loraprune.data import Example, data_hash
 from loraprune.errors import UserError
-from loraprune.evaluate import measure
+from loraprune.evaluate import Measured, measure
 from loraprune.examples import show_examples
 from loraprune.export import export_model
 from loraprune.folder import RunFolder, whole_folder, write_json, write_text
 from loraprune.groups import find_groups
-from loraprune.inputs import Inputs, prepare, require
+from loraprune.inputs import Inputs, earlier_sets, prepare, require
+from loraprune.ledger import FILE as LEDGER
+from loraprune.ledger import Ledger, read_ledger, removed_by_layer
 from loraprune.mask import LiveMask
-from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import (
     attach_lora,
-    checkpoint_bytes,
-    device_of,
     load_model,
     load_tokenizer,
     pad_token_id,
@@ -45,19 +42,23 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.records import KINDS, Outcome, RunReport, removal_columns
+from loraprune.records import KINDS, RunReport, removal_columns, removals_from
 from loraprune.report import model_card, result_table, write_report
+from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
+from loraprune.rules import Rules, smallest_step
 from loraprune.settings import Settings, as_values
-from loraprune.trainer import LoRAPruneTrainer, Target, TrainingSets
+from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
+from loraprune.trainer import LoRAPruneTrainer, TrainingSets
 
 Values = dict[str, Any]
+LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language ability
 
 
 def run(settings: Settings, console: Console | None = None) -> RunReport:
     """Unlearn (with a forget set) or compress (without) and return the report.
 
     A run that was stopped goes on from its folder; of a finished one the report is returned. Raises UserError before
-    anything is written when settings, model or data are not fit.
+    anything is trained when settings, model or data are not fit; then no file of the run is left behind.
     """
     console = console or Console()
     require(settings)
@@ -65,11 +66,13 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     folder.check()
     with quiet_libraries():
         inputs = prepare(settings)
-        refuse_changed_inputs(folder, settings, inputs)
-        if (metrics := folder.read("metrics.json")) is None:
-            folder.open()
-            metrics = _run_stages(folder, settings, inputs, console)
-        _tidy(folder)
+        with folder.held(console.print):
+            refuse_changed_inputs(folder, settings, inputs)
+            if (metrics := folder.read("metrics.json")) is None:
+                folder.open()
+                with folder.withdrawn_if_refused():
+                    metrics = _run_stages(folder, settings, inputs, console)
+            _tidy(folder)
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
             console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
@@ -79,23 +82,29 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
 
 
 def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: Console) -> Values:
-    folder.stored("inputs.json", lambda: _hashes(settings, inputs))
+    hashes = folder.stored("inputs.json", lambda: _hashes(settings, inputs))
+    ledger = read_ledger(settings.model, hashes["weights_sha256"])
+    ledger.next_id(settings.request_id)
     before = folder.stored("before.json", lambda: _evaluate_before(folder, settings, inputs))
-    target = find_target(settings, before)
-    _say_target(target, settings, before, console)
+    original = folder.stored("original.json", lambda: _find_original(folder, settings, inputs, ledger, before))
+    steering = _steering(settings, inputs, before, original)
+    _refuse_lost_floor(settings, steering, before, original)
+    _say_target(steering.target, settings, before, console)
+    _say_steering(steering, original, ledger, console)
     _say_overlap(inputs, console)
     if not (folder.path / "model").exists():
-        _train_and_cut(folder, settings, inputs, before, target)
+        _train_and_cut(folder, settings, inputs, steering)
         gc.collect()  # trainer and model refer to each other: else both would be there beside the model that comes out
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
-    metrics = _metrics(folder, settings, before, after, target)
-    _write_evidence(folder, settings, inputs, metrics)
-    return metrics
+    metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
+    _write_evidence(folder, settings, inputs, ledger, original, metrics)
+    return folder.read("metrics.json")
 
 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
     data = {name: data_hash(rows) for name, rows in inputs.rows.items()}
-    return {"data_sha256": data, "weights_sha256": weights_hash(settings.model)}
+    values: Values = {"data_sha256": data, "weights_sha256": weights_hash(settings.model)}
+    return values | ({"original_sha256": weights_hash(settings.original)} if settings.original else {})
 
 
 def refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
@@ -124,47 +133,136 @@ def _timed(folder: RunFolder, name: str) -> Iterator[None]:
 
 
 def _evaluate_before(folder: RunFolder, settings: Settings, inputs: Inputs) -> Values:
+    """Measure the given model on every set, then the reference on what is to be forgotten; one model at a time."""
     with _timed(folder, "evaluate"):
-        model = load_model(settings.model, settings)
-        values = _measure_sets(model, settings, inputs, "before")
-        values["parameters"] = parameter_count(model)
-        if inputs.forget_for_reference is not None:
-            values["reference"] = _measure_reference(settings, inputs.forget_for_reference)
+        values, parameters = _measure_given(settings, inputs)
+        values["parameters"] = parameters
+        if inputs.for_reference:
+            model, tokenizer = load_model(settings.reference or "", settings), _reference_tokenizer(settings)
+            values["reference"] = {
+                name: _measured(model, examples, settings, pad_token_id(tokenizer)).as_values(inputs.facts[name])
+                for name, examples in inputs.for_reference.items()
+            }
     return values
 
 
+def _measure_given(settings: Settings, inputs: Inputs) -> tuple[Values, int]:
+    model = load_model(settings.model, settings)
+    return _measure_sets(model, settings, inputs, "before"), parameter_count(model)
+
+
+def _reference_tokenizer(settings: Settings) -> Any:
+    return load_tokenizer(settings.reference or "", settings)
+
+
+def _measured(
+    model: torch.nn.Module, examples: Sequence[Example], settings: Settings, pad: int, advance: Any = lambda rows: None
+) -> Measured:
+    return measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad, advance=advance)
+
+
 def _measure_sets(model: torch.nn.Module, settings: Settings, inputs: Inputs, when: str) -> Values:
-    values: Values = {}
-    size, pad = settings.evaluate_batch_size, pad_token_id(inputs.tokenizer)
+    """Return every set's numbers, and under "rows" P of each withheld row, for the interval of retention."""
+    values: Values = {"rows": {}}
+    pad, facts = pad_token_id(inputs.tokenizer), inputs.facts
     with stage(f"evaluate {when}", sum(map(len, inputs.examples.values()))) as advance:
         for name, examples in inputs.examples.items():
-            numbers = measure(model, examples, batch_size=size, pad_token_id=pad, advance=advance)
-            values[name] = numbers.as_values()
+            numbers = _measured(model, examples, settings, pad, advance)
+            values[name] = numbers.as_values(facts[name])
+            if name in WITHHELD:
+                values["rows"][name] = list(numbers.row_performance)
             advance(0, f"{name} {numbers.performance:.2f}")
     return values
 
 
-def _measure_reference(settings: Settings, examples: Sequence[Example]) -> Values:
-    """Return the reference model's numbers on the forget set."""
-    assert settings.reference is not None
-    model, pad = load_model(settings.reference, settings), pad_token_id(load_tokenizer(settings.reference, settings))
-    return measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad).as_values()
+def _find_original(
+    folder: RunFolder, settings: Settings, inputs: Inputs, ledger: Ledger, before: Mapping[str, Any]
+) -> Values:
+    """Return what the original model knew of what is to be kept, by set, and whether it was measured or recorded.
+
+    It is measured where --original names it, else read from the ledger where that knows the very rows, else taken to be
+    the given model.
+    """
+    hashes = folder.read("inputs.json")["data_sha256"]
+    names = [name for name in (*KEPT, "guard") if name in inputs.examples]
+    measured = _measure_original(folder, settings, inputs, names) if settings.original else None
+    values: Values = {"sets": {}, "source": {}}
+    for name in names:
+        recorded = ledger.known(name, hashes[name])
+        source = "measured" if measured else "ledger" if recorded else "given model"
+        numbers = measured[name] if measured else recorded or _kept_numbers(before[name], before["rows"].get(name))
+        values["sets"][name] = {**numbers, "data_sha256": hashes[name]}
+        values["source"][name] = source
+    return values
 
 
-def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
-    """Return where P(forget) is steered: the reference's, else the holdout's, else as set, else a tenth of before."""
-    if not settings.is_unlearning:
-        return None
-    if "reference" in before:
-        value, source = before["reference"]["performance"], "reference"
-    elif "holdout" in before:
-        value, source = before["holdout"]["performance"], "holdout"
-    elif settings.forget_target is not None:
-        value, source = settings.forget_target, "forget_target"
-    else:
-        value, source = before["forget"]["performance"] / 10, "tenth"
-    half = settings.band if settings.band is not None else max(0.03, value / 4)
-    return Target(value, value - half, value + half, source)
+def _measure_original(folder: RunFolder, settings: Settings, inputs: Inputs, names: Sequence[str]) -> Values:
+    with _timed(folder, "evaluate"):
+        model, pad = load_model(settings.original or "", settings), pad_token_id(inputs.tokenizer)
+        measured = {name: _measured(model, inputs.examples[name], settings, pad) for name in names}
+    return {
+        name: _kept_numbers(one.as_values(inputs.facts[name]), list(one.row_performance) if name in WITHHELD else None)
+        for name, one in measured.items()
+    }
+
+
+def _kept_numbers(numbers: Mapping[str, Any], rows: Sequence[float] | None) -> Values:
+    values = {name: numbers[name] for name in ("performance", "loss")}
+    return values if rows is None else {**values, "row_performance": list(rows)}
+
+
+def _steering(settings: Settings, inputs: Inputs, before: Values, original: Values) -> Steering:
+    """Return what steers the run."""
+    examples, facts, earlier = inputs.examples, inputs.facts, list(earlier_sets(settings))
+    target, ceilings = find_target(settings, before), find_ceilings(settings, before, earlier)
+    probes = Probes(
+        Probe(examples["floor"], facts["floor"]),
+        original["sets"]["floor"]["row_performance"],
+        pad_token_id(inputs.tokenizer),
+        settings.evaluate_batch_size,
+        Probe(examples["forget"], facts["forget"]) if "forget" in examples else None,
+        examples.get("guard", ()),
+        original["sets"]["guard"]["loss"] if "guard" in examples else 0.0,
+        tuple(examples[name] for name in earlier),
+    )
+    limits = find_limits(settings, before, target, ceilings)
+    return Steering(probes, limits, target, ceilings, before["forget"]["performance"] if target else None)
+
+
+def _refuse_lost_floor(settings: Settings, steering: Steering, before: Values, original: Values) -> None:
+    """Raise UserError where the given model itself breaks what the run must keep, or where that cannot be measured."""
+    known = original["sets"]["floor"]["performance"]
+    if not known > 0:
+        raise UserError(
+            f"P of the floor rows is {known:g} before anything was done.",
+            "retention is P after / P before; of what the model does not know nothing can be kept.",
+            "give a --retain set that the model knows, of the same form as it was trained on (--template).",
+        )
+    if (kept := before["floor"]["performance"] / known) < settings.min_retain_performance:
+        raise UserError(
+            f"the given model keeps {kept:.3f} of what the original knew of the floor rows; "
+            f"the floor is {settings.min_retain_performance:g}.",
+            "every step would break the floor, the first one included.",
+            "lower --min-retain-performance, or start from an earlier model.",
+        )
+    if "guard" in before:
+        _refuse_lost_guard(settings, before["guard"]["loss"], original["sets"]["guard"]["loss"])
+
+
+def _refuse_lost_guard(settings: Settings, now: float, known: float) -> None:
+    if not known >= LEAST_GUARD_LOSS:
+        raise UserError(
+            f"the loss on the guard text is {known:.2g} before anything was done.",
+            "the model knows it by heart, and a ratio of losses near nothing measures no general ability.",
+            "give --guard other text, and this one as --retain or --bystander.",
+        )
+    if not now / known <= settings.max_guard_loss_ratio:
+        raise UserError(
+            f"the given model's loss on the guard text is {now / known:.3f} times the original's; "
+            f"at most {settings.max_guard_loss_ratio:g} is allowed.",
+            "every step would break this floor, the first one included.",
+            "raise --max-guard-loss-ratio, or start from an earlier model.",
+        )
 
 
 def _say_target(target: Target | None, settings: Settings, before: Mapping[str, Any], console: Console) -> None:
@@ -174,7 +272,8 @@ def _say_target(target: Target | None, settings: Settings, before: Mapping[str, 
         "reference": "the reference model's",
         "holdout": "the untouched model's on the holdout",
         "forget_target": "as set",
-        "tenth": "a tenth of the untouched model's; --reference or --holdout would be a natural one",
+        "tenth": "a tenth of the untouched model's; better: --reference, a model trained without the forget set, or "
+        "--holdout, data of its kind that the model never saw",
     }[target.source]
     console.print(
         f"target: P(forget) {target.performance:.3f} ({meaning}), band {max(target.low, 0):.3f} to {target.high:.3f}"
@@ -183,6 +282,23 @@ def _say_target(target: Target | None, settings: Settings, before: Mapping[str, 
         console.print(f"--forget-target is not used: the {target.source} gives a natural target")
     if before["forget"]["performance"] <= target.high:
         console.print(f"the untouched model is there already: P(forget) is {before['forget']['performance']:.3f}")
+
+
+def _say_steering(steering: Steering, original: Values, ledger: Ledger, console: Console) -> None:
+    """Say against which model the floor holds, and how surely a set of this size can tell."""
+    facts = len(set(steering.probes.floor.facts))
+    if steering.limits.min_retain_performance:
+        rows = f"{len(steering.probes.floor.examples)} rows of {facts} fact{'s' if facts != 1 else ''}"
+        least = f"retention >= {steering.limits.min_retain_performance:g} on {rows}"
+        lone = "; one fact alone has no sampling error: add rows to --retain" if facts < 2 else ""
+        console.print(f"floor: {least}{lone}")
+    if ledger.entries and original["source"]["floor"] == "given model":
+        console.print(
+            "the floor holds against the given model, not against the one before the first request: the ledger knows "
+            "other floor rows; --original names that model"
+        )
+    for number, one in enumerate(steering.ceilings, start=1):
+        console.print(f"ceiling: P of --already-forgotten {number} at most {one.high:.3f}")
 
 
 def _say_overlap(inputs: Inputs, console: Console) -> None:
@@ -197,28 +313,26 @@ def _say_overlap(inputs: Inputs, console: Console) -> None:
 # --- train, cut -------------------------------------------------------------------------------------------------------
 
 
-def _train_and_cut(
-    folder: RunFolder, settings: Settings, inputs: Inputs, before: Mapping[str, Any], target: Target | None
-) -> None:
+def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering) -> None:
     base = load_model(settings.model, settings)
     groups = find_groups(base, inputs.config)
     model = attach_lora(base, settings)
     live = LiveMask(model, groups)
     sets = TrainingSets(
         inputs.examples["taught"],
-        inputs.examples["floor"],
         inputs.examples.get("forget"),
         pad_token_id(inputs.tokenizer),
+        steering.probes.already_forgotten,
     )
-    known = {name: before[name]["performance"] for name in ("floor", "forget") if name in before}
     trainer = LoRAPruneTrainer(
-        model, settings, sets, live=live, before=known, target=target, folder=folder.path, record=folder.event
+        model, settings, sets, live=live, steering=steering, folder=folder.path, event=folder.event
     )
-    folder.drop_events_after(trainer.first_step)
+    folder.drop_events_after(trainer.first_step if trainer.run_state.good_look else -1)
+    folder.event("begin", step=trainer.first_step, **_outlook(settings, steering, groups.total_parameters, trainer))
     trainer.run()
     state = trainer.run_state
     folder.event("stage", name="train", duration=state.train_seconds, score=state.score_seconds)
-    _write_decision(folder, state, live)
+    _write_decision(folder, state, live, trainer.rules)
     with whole_folder(folder.path / "adapter") as part:
         model.save_pretrained(str(part))
         (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
@@ -226,7 +340,25 @@ def _train_and_cut(
     export_model(model.merge_and_unload(), inputs.tokenizer, groups, live.value, folder.path / "model")
 
 
-def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
+def _outlook(settings: Settings, steering: Steering, parameters: int, trainer: LoRAPruneTrainer) -> Values:
+    """Return what a reader of the events needs to know of the run that begins or goes on."""
+    limits, target = steering.limits, steering.target
+    guard = {} if limits.max_guard_loss_ratio is None else {"max_guard_loss_ratio": limits.max_guard_loss_ratio}
+    return {
+        "task": "unlearn" if settings.is_unlearning else "prune",
+        "parameters": parameters,
+        "steps": trainer.run_state.main_end + settings.finish_steps,
+        "sparsity_goal": settings.sparsity,
+        "target": target.as_values() if target else None,
+        "min_retain_performance": limits.min_retain_performance,
+        "floor_rows": len(steering.probes.floor.examples),
+        "floor_facts": len(set(steering.probes.floor.facts)),
+        **guard,
+        **({"ceilings": list(limits.ceilings)} if limits.ceilings else {}),
+    }
+
+
+def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: Rules) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
     kept = {kind: live.value.kept[kind].sum(1).tolist() for kind in KINDS}
     groups = {
@@ -236,8 +368,11 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask) -> None:
         folder.path / "decision.json",
         {
             "ended_by": state.ended_by,
-            "smallest_step": min(map(live.groups.slice_parameters, KINDS)) / live.groups.total_parameters,
+            "steps": state.step,
+            "smallest_step": smallest_step(live.groups, rules, live.value) / live.groups.total_parameters,
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
+            "steps_left_out": state.skipped,  # for a gradient that was not finite
+            "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery
             "sparsity": live.value.sparsity(live.groups),
             "groups": groups,
             "kept_by_layer": kept,
@@ -262,131 +397,47 @@ def _evaluate_after(folder: RunFolder, settings: Settings, inputs: Inputs) -> Va
         }
 
 
-def _metrics(folder: RunFolder, settings: Settings, before: Values, after: Values, target: Target | None) -> Values:
-    decision = folder.read("decision.json")
-    kept = {
-        name: retention(before[name]["performance"], after[name]["performance"])
-        for name in ("floor", "final", "taught")
-    }
-    sparsity = (before["parameters"] - after["parameters"]) / before["parameters"]
-    floor_held = kept["floor"] >= settings.min_retain_performance
-    seconds = _seconds(folder)
-    values: Values = {
-        "schema": 1,
-        "task": "unlearn" if settings.is_unlearning else "prune",
-        "model": {
-            "parameters": {"before": before["parameters"], "after": after["parameters"]},
-            "bytes": {
-                "before": checkpoint_bytes(settings.model),
-                "after": checkpoint_bytes(str(folder.path / "model")),
-            },
-            "groups": decision["groups"],
-            "class": after["class"],
-        },
-        "sparsity": sparsity,
-        "sparsity_goal": settings.sparsity,
-        "scores_left_out": decision["scores_left_out"],
-        "forget": None,
-        "forget_drop": None,
-        "unlearning_efficiency": None,
-        "retain": {"before": before["final"], "after": after["final"]},
-        "retain_taught": {"before": before["taught"], "after": after["taught"]},
-        "holdout": _pair("holdout", before, after),
-        "bystander": _pair("bystander", before, after),
-        "retention": kept["final"],
-        "retention_taught": kept["taught"],
-        "floor": {
-            "min_retain_performance": settings.min_retain_performance,
-            "held": floor_held,
-            "retention": kept["floor"],
-            "rows": after["floor"]["rows"],
-        },
-        "target": None,
-        "seconds": seconds,
-        "peak_memory_bytes": _peak_memory(settings),
-    }
-    if target is not None:
-        values |= _forget_metrics(before, after, target, kept["final"], seconds["total"])
-    values["outcome"] = _outcome(values, settings, target, decision)
-    values["goal_met"] = values["outcome"] == ("target_reached" if target is not None else "budget_spent")
-    return values
-
-
-def _pair(name: str, before: Values, after: Values) -> Values | None:
-    return {"before": before[name], "after": after[name]} if name in before else None
-
-
-def _forget_metrics(before: Values, after: Values, target: Target, kept: float, seconds: float) -> Values:
-    drop = forget_drop(before["forget"]["performance"], after["forget"]["performance"])
-    removed = before["parameters"] - after["parameters"]
-    return {
-        "forget": {"before": before["forget"], "after": after["forget"], "reference": before.get("reference")},
-        "forget_drop": drop,
-        "unlearning_efficiency": unlearning_efficiency(drop, kept, seconds, removed),
-        "target": {
-            "performance": target.performance,
-            "low": target.low,
-            "high": target.high,
-            "source": target.source,
-        },
-    }
-
-
-def _outcome(values: Values, settings: Settings, target: Target | None, decision: Values) -> Outcome:
-    """Return what ended the run: the goal, or what stood in its way."""
-    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
-    if not values["floor"]["held"]:
-        return "floor_reached"
-    if enough and target is None:
-        return "budget_spent"
-    if enough and target is not None and target.holds(values["forget"]["after"]["performance"]):
-        return "target_reached"
-    if decision["ended_by"] == "floor":
-        return "floor_reached"
-    return "no_candidates" if not enough or decision["ended_by"] == "no_candidates" else "budget_spent"
-
-
-def _seconds(folder: RunFolder) -> Values:
-    """Return the seconds spent by kind of work, from the events; training counts all starts of a resumed run."""
-    stages = [one for one in folder.events() if one["event"] == "stage"]
-    train = next(one for one in reversed(stages) if one["name"] == "train")
-    evaluate = sum(one["duration"] for one in stages if one["name"] == "evaluate")
-    seconds = {
-        "score": train["score"],
-        "train": train["duration"] - train["score"],
-        "evaluate": evaluate,
-        "total": train["duration"] + evaluate,
-    }
-    return {name: round(one, 3) for name, one in seconds.items()}
-
-
-def _peak_memory(settings: Settings) -> int:
-    if device_of(settings).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _write_evidence(folder: RunFolder, settings: Settings, inputs: Inputs, metrics: Values) -> None:
+def _write_evidence(
+    folder: RunFolder, settings: Settings, inputs: Inputs, ledger: Ledger, original: Values, metrics: Values
+) -> None:
     """Write what shows the result and what reproduces it; metrics.json comes last and marks the run as finished."""
     numbers = {name: [row.number for row in rows] for name, rows in inputs.rows.items()}
     write_json(folder.path / "split.json", {name: numbers[name] for name in ("taught", "floor", "final")})
-    hashes = folder.read("inputs.json")
+    reproduce = _reproduction(folder, settings, ledger, original, metrics)
+    write_json(folder.path / LEDGER, reproduce)
+    write_json(folder.path / "model" / LEDGER, reproduce)  # the ledger goes where the model goes
+    write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
+    decision = folder.read("decision.json")
+    ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"]}
+    folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))
+    write_json(folder.path / "metrics.json", metrics)
+
+
+def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, original: Values, metrics: Values) -> Values:
+    """Return what reproduces the run, and the ledger with this request in it; data by their hashes alone."""
+    hashes, decision = folder.read("inputs.json"), folder.read("decision.json")
+    weights = {"before": hashes["weights_sha256"], "after": weights_hash(str(folder.path / "model"))}
+    entry = {
+        "request_id": ledger.next_id(settings.request_id),
+        "task": metrics["task"],
+        "outcome": metrics["outcome"],
+        "parent_sha256": weights["before"],
+        "weights_sha256": weights["after"],
+        "data_sha256": hashes["data_sha256"],
+        "removed": removed_by_layer(removals_from(decision["removals"]), len(decision["kept_by_layer"]["kv_group"])),
+    }
+    first = {} if ledger.entries else original["sets"]
+    found = {name: one for name, one in original["sets"].items() if original["source"][name] != "given model"}
     libraries = ("loraprune", "torch", "transformers", "peft", "accelerate")
-    reproduce = {
+    return {
         "seed": settings.seed,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
-        "weights_sha256": {
-            "before": hashes["weights_sha256"],
-            "after": weights_hash(str(folder.path / "model")),
-        },
+        "weights_sha256": weights,
         "data_sha256": hashes["data_sha256"],
+        "ledger": [*ledger.entries, entry],
+        "original": {**(ledger.original or {}), **first, **found},
     }
-    write_json(folder.path / "reproduce.json", reproduce)
-    write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
-    folder.event("stop", outcome=metrics["outcome"], sparsity=metrics["sparsity"])
-    write_json(folder.path / "metrics.json", metrics)
 
 
 def _tidy(folder: RunFolder) -> None:

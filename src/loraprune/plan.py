@@ -17,8 +17,9 @@ from transformers import PretrainedConfig
 from loraprune.decision import Rules, decide_compression, decide_unlearning
 from loraprune.folder import RunFolder
 from loraprune.inputs import Inputs, prepare, require
+from loraprune.ledger import read_ledger
 from loraprune.mask import full_mask
-from loraprune.model import device_of, quiet_libraries
+from loraprune.model import device_of, quiet_libraries, weights_hash
 from loraprune.pipeline import refuse_changed_inputs
 from loraprune.progress import stage
 from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
@@ -67,6 +68,7 @@ def check_run(settings: Settings) -> Inputs:
     if folder is not None:
         folder.check()
     inputs = prepare(settings)
+    read_ledger(settings.model, weights_hash(settings.model)).next_id(settings.request_id)
     if folder is not None:
         refuse_changed_inputs(folder, settings, inputs)
     return inputs

@@ -14,6 +14,8 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from loraprune.words import duration_text
+
 Advance = Callable[..., None]  # advance(steps=1, note="", new_total=None); an empty note leaves the last one
 
 
@@ -64,13 +66,3 @@ def _line(title: str, total: int) -> Iterator[Advance]:
     finally:
         parts = (title, f"{done}/{total}", duration_text(monotonic() - begun), last_note)
         print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as a person says it: "41 s", "3 min 12 s", "2 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -1,6 +1,6 @@
 """Pruning: one step of it on a live model, from the scores to an accepted mask, or back.
 
-Reads    averaged sensitivities, a budget, and a way to measure retention on the floor rows
+Reads    averaged sensitivities, a budget, and a look at the model that tells which limits it keeps
 Gives    the decision that was accepted; the model's mask and adapter follow it
 Source   the unlearning plan's local_prune and unlearning_prune; LoRAPrune, arXiv 2305.18403, algorithm 1
 Symbols  ratio = the part of all parameters that may be gone after this step
@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from loraprune.decision import Rules, Scores, decide_compression, decide_unlearning
+from loraprune.decision import Scores, decide_compression, decide_unlearning
 from loraprune.mask import LiveMask, mask_of
-from loraprune.records import Decision, Mask
+from loraprune.records import Decision, Look, Mask
+from loraprune.rules import Rules, smallest_step
 from loraprune.sensitivity import SensitivityDict
+from loraprune.steering import Limits
 
-Record = Callable[..., None]  # record("propose", removed=3): one line of events.jsonl
+Record = Callable[..., None]  # record("propose", look, removed=3): one line of events.jsonl
 
 
-def _no_record(kind: str, **values: object) -> None:
+def _no_record(kind: str, look: Look | None = None, **values: object) -> None:
     """Keep no record."""
 
 
@@ -65,7 +67,7 @@ def local_prune(
     live, rules = mask_of(model), rules or Rules()
     if forget_performance is not None and forget_goal is not None and forget_performance <= forget_goal:
         return Decision((), "target")
-    budget = int(min(ratio, target_ratio) * live.groups.total_parameters) - live.value.removed_parameters(live.groups)
+    budget = round(min(ratio, target_ratio) * live.groups.total_parameters) - live.value.removed_parameters(live.groups)
     decision = _decide(live, sensitivity_dict, budget, rules, step)
     live.set(live.value.without(decision.removals))
     return decision
@@ -86,56 +88,58 @@ def unlearning_prune(
     threshold: float,
     min_retain_performance: float,
     *,
-    retention: Callable[[], float],
+    look: Callable[[], Look],
     ratio: float,
-    repair: Callable[[], None] | None = None,
-    last_good: ModelState | None = None,
+    limits: Limits | None = None,
+    repair: Callable[[], int] | None = None,
+    roll_back: Callable[[], Look] | None = None,
     forget_performance: float | None = None,
     forget_goal: float | None = None,
     rules: Rules | None = None,
     step: int = 0,
     record: Record = _no_record,
 ) -> Decision:
-    """Prune by dual score while retention stays at or above `min_retain_performance`; return what went.
+    """Prune by dual score while the model keeps its limits, retention >= `min_retain_performance` the first of them.
 
-    A step that breaks the floor gets `repair`; still broken, mask and trained weights go back to `last_good` (default:
-    as the model is now) and half the step is tried, until the smallest fails: then nothing goes and the decision says
-    "floor". `forget_dict` None: plain compression. `ratio`: removed / all parameters allowed after this step.
+    `look` measures the model as it is; `limits` adds a guard, ceilings and the band's lower end. A step that breaks one
+    gets `repair`, which returns how many training steps it took; still broken, `roll_back` (default: the model as it
+    came in) undoes it and half the step is tried, until the smallest fails: then nothing goes and the decision is ended
+    by the limit's name. `forget_dict` None: plain compression. `ratio`: removed / all parameters allowed afterwards.
     """
     live, rules = mask_of(model), replace(rules or Rules(), threshold=threshold)
-    scores = SensitivityDict.of(forget_dict, retain_dict)
-    good = last_good or take_state(model)
-    done = live.value.sparsity(live.groups)
-    allowance = ratio - done
-    smallest = min(live.groups.slice_parameters(kind) for kind in live.groups.layers) / live.groups.total_parameters
+    limits = replace(limits or Limits(), min_retain_performance=min_retain_performance)
+    scores, roll_back = SensitivityDict.of(forget_dict, retain_dict), roll_back or _back_to_now(model, look)
+    begun = live.value.sparsity(live.groups)
+    allowance, smallest = ratio - begun, smallest_step(live.groups, rules, live.value) / live.groups.total_parameters
     while True:
-        decision = local_prune(
-            model,
-            scores,
-            done + allowance,
-            1.0,
-            rules=rules,
-            forget_performance=forget_performance,
-            forget_goal=forget_goal,
-            step=step,
-        )
-        record("propose", step=step, removed=len(decision.removals), sparsity=live.value.sparsity(live.groups))
-        if _floor_holds(retention, repair, min_retain_performance, step, record):
-            return decision
-        restore_state(model, good)
-        record("roll_back", step=step, sparsity=live.value.sparsity(live.groups))
+        goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
+        decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, **goal)
+        found = look()
+        broken = limits.broken(found)
+        removed, allowed = len(decision.removals), begun + allowance
+        record("propose", found, step=step, removed=removed, allowed=allowed, broken=broken)
+        if broken and repair is not None:
+            steps, found = repair(), look()
+            broken = limits.broken(found)
+            record("recover", found, step=step, steps=steps, broken=broken)
+        if not broken:
+            record("accept", found, step=step, removed=removed)
+            return replace(decision, look=found)
+        good = roll_back()
+        record("roll_back", good, step=step, broken=broken, tried=found.sparsity)
+        if not removed:
+            return replace(decision, look=good)  # training alone broke the limit: there is no step to halve
         allowance /= 2
-        if not decision.removals or allowance < smallest:
-            return Decision((), "floor")
+        if allowance < smallest:
+            return Decision((), broken[0])
 
 
-def _floor_holds(
-    retention: Callable[[], float], repair: Callable[[], None] | None, floor: float, step: int, record: Record
-) -> bool:
-    kept = retention()
-    if kept < floor and repair is not None:
-        repair()
-        repaired = retention()
-        record("recover", step=step, retention_before=kept, retention=repaired, floor=floor)
-        kept = repaired
-    return kept >= floor
+def _back_to_now(model: nn.Module, look: Callable[[], Look]) -> Callable[[], Look]:
+    """Return what brings the model back to where it is at this moment."""
+    state, looked = take_state(model), look()
+
+    def roll_back() -> Look:
+        restore_state(model, state)
+        return looked
+
+    return roll_back

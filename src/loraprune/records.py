@@ -20,6 +20,8 @@ KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
 DatasetType = Literal["forget", "retain"]
 Metric = Literal["lora", "gate"]
 ScoreLoss = Literal["nll", "log_odds"]
+Limit = Literal["floor", "guard", "ceiling", "band"]  # what an accepted step must hold; see steering.py
+EndedBy = Literal["budget", "no_candidates", "target", "floor", "guard", "ceiling", "band"]  # the pruning, not the run
 Outcome = Literal["target_reached", "budget_spent", "no_candidates", "floor_reached"]
 
 
@@ -140,14 +142,6 @@ def removals_from(columns: Mapping[str, Sequence[Any]]) -> list[Removal]:
 _SAID = ("share", "forget", "retain", "step")
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Which groups go, in which order, and what ended the list."""
-
-    removals: tuple[Removal, ...]
-    ended_by: Literal["budget", "no_candidates", "target", "floor"]
-
-
 Interval = tuple[float, float]  # 95% bootstrap interval of a number
 
 
@@ -168,6 +162,23 @@ class Look:
         """Return the numbers as one line of events.jsonl has them; those that the run does not have are left out."""
         values = dataclasses.asdict(self)
         return {name: one for name, one in values.items() if one is not None and one != ()}
+
+    @staticmethod
+    def from_values(values: Mapping[str, Any]) -> "Look":
+        """Return the look that `as_values` wrote."""
+        lists = {name: tuple(one) for name, one in values.items() if isinstance(one, list | tuple)}
+        groups = {kind: tuple(kept) for kind, kept in values["groups"].items()}
+        absent = {one.name: None for one in dataclasses.fields(Look)} | {"already_forgotten": ()}
+        return Look(**{**absent, **values, **lists, "groups": groups})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which groups go, in which order, what ended the list, and the model as it was accepted without them."""
+
+    removals: tuple[Removal, ...]
+    ended_by: EndedBy
+    look: Look | None = None
 
 
 @dataclass(frozen=True)

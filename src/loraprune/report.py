@@ -22,27 +22,25 @@ from rich.table import Table
 from rich.text import Text
 
 from loraprune.errors import UserError
+from loraprune.events import read_events
 from loraprune.figure import figure_bytes
 from loraprune.folder import write_text
-from loraprune.progress import duration_text
 from loraprune.records import KINDS
 from loraprune.settings import Settings, setting_names, settings_from, value_text
-from loraprune.words import Values, band_texts, number_text, outcome_text, percent
+from loraprune.words import (
+    ENDINGS,
+    TARGET_SOURCES,
+    Values,
+    apart,
+    band_texts,
+    duration_text,
+    number_text,
+    outcome_text,
+    percent,
+)
 
 SOURCES = ("model", "reference", "forget", "retain", "data", "holdout", "bystander", "floor_rows", "final_rows")
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-TARGET_SOURCES = {
-    "reference": "P(forget) of the reference model",
-    "holdout": "P(holdout) of the untouched model",
-    "forget_target": "set by hand",
-    "tenth": "a tenth of P(forget) of the untouched model",
-}
-ENDINGS = {
-    "budget": "everything that was asked to go is gone",
-    "no_candidates": "no group was left that may go",
-    "target": "P(forget) had come down to the band",
-    "floor": "the next step would have broken the floor",
-}
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
@@ -61,7 +59,7 @@ class ResultRow:
 
 def result_rows(metrics: Values) -> list[ResultRow]:
     """Return the lines of the end table; sets that the run did not have are absent."""
-    return [*_model_rows(metrics), *_set_rows(metrics), *_retention_rows(metrics)]
+    return [*_model_rows(metrics), *_set_rows(metrics), *_limit_rows(metrics), *_retention_rows(metrics)]
 
 
 def _model_rows(metrics: Values) -> list[ResultRow]:
@@ -114,6 +112,19 @@ def _measure_row(name: str, block: Values, measure: str, target: str = "") -> Re
     )
 
 
+def _limit_rows(metrics: Values) -> list[ResultRow]:
+    """Return the lines of the second floor and of earlier requests, with what each may not rise above."""
+    rows = []
+    for number, one in enumerate(metrics.get("already_forgotten") or [], start=1):
+        name, most = f"P(already forgotten {number})", f"<= {number_text(one['ceiling'])}"
+        rows.append(_measure_row(name, one, "performance", most))
+    if guard := metrics.get("guard"):
+        rows.append(_measure_row("loss, guard text", guard, "loss"))
+        most = f"<= {number_text(float(guard['max_guard_loss_ratio']))}"
+        rows.append(ResultRow("  to the original's", after=number_text(guard["loss_ratio"]), target=most))
+    return rows
+
+
 def _retention_rows(metrics: Values) -> list[ResultRow]:
     floor = metrics["floor"]
     least = f">= {number_text(floor['min_retain_performance'])}" if floor.get("min_retain_performance") else ""
@@ -122,11 +133,14 @@ def _retention_rows(metrics: Values) -> list[ResultRow]:
         "taught": (metrics.get("retention_taught"), ""),
         "floor": (floor.get("retention"), least),
     }
-    known = {name: line for name, line in lines.items() if line[0] is not None}
-    return [
-        ResultRow(f"retention, {name} rows", after=number_text(value), target=bound)
-        for name, (value, bound) in known.items()
-    ]
+    intervals = {"final": metrics.get("retention_interval"), "floor": floor.get("interval")}
+    rows = []
+    for name, (value, bound) in lines.items():
+        if value is not None:
+            rows.append(ResultRow(f"retention, {name} rows", after=number_text(value), target=bound))
+        if interval := intervals.get(name):
+            rows.append(ResultRow("  its 95 % interval", after=" .. ".join(apart(*interval))))
+    return rows
 
 
 def _used_columns(rows: Sequence[ResultRow]) -> list[str]:
@@ -283,7 +297,7 @@ def _page_values(folder: Path, metrics: Values) -> dict[str, Any]:
         "outcome": outcome_text(metrics),
         "goal_met": metrics["goal_met"],
         "cost": _cost_words(metrics),
-        "figure": base64.b64encode(figure_bytes(metrics, _read_events(folder / "events.jsonl"))).decode(),
+        "figure": base64.b64encode(figure_bytes(metrics, read_events(folder / "events.jsonl"))).decode(),
         "removed": removed_by_layer(decision, metrics["model"]["groups"]) if decision else {},
         "ended_by": ENDINGS.get(decision["ended_by"], decision["ended_by"]) if decision else "",
         "reproduce": json.dumps(without_folders(reproduce), indent=2, ensure_ascii=False) if reproduce else "",
@@ -293,17 +307,6 @@ def _page_values(folder: Path, metrics: Values) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events; a line that was cut short when a run was killed is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
 
 
 def _asked(values: Values) -> list[tuple[str, str, str]]:

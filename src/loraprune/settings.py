@@ -83,7 +83,7 @@ class Settings:
     original: str | None = setting(
         None,
         "model",
-        "Folder or hub name of the model before the first request, where the model to start from has unlearned already; "
+        "Folder or hub name of the model before the first request, where MODEL has unlearned already; "
         "the floor holds against it. Unset: the numbers in the ledger that the model brings along, where they fit.",
     )
     dtype: str = setting(

@@ -6,8 +6,8 @@ Source   transformers.Trainer; its loop is used as it is
 Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain set
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,53 +20,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loraprune.checkpoint import RunState, load_state, resume_optimizer, save_state
+from loraprune.balance import Balance, TrainingSets, joined
+from loraprune.checkpoint import (
+    Point,
+    RunState,
+    SavedRun,
+    load_state,
+    moments_of,
+    restore_moments,
+    restore_random,
+    save_state,
+)
 from loraprune.data import Example, PairedBatches, batches_by_length, collate
-from loraprune.decision import Rules
-from loraprune.evaluate import answer_values, measure
-from loraprune.mask import LiveMask
-from loraprune.metrics import forget_drop, forget_per_retain, retention
-from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, retain_loss, row_sums
+from loraprune.mask import LiveMask, full_mask
+from loraprune.metrics import forget_drop, forget_per_retain
+from loraprune.model import merged
 from loraprune.progress import Advance, stage
-from loraprune.pruning import Record, restore_state, take_state, unlearning_prune
-from loraprune.records import DatasetType
+from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
+from loraprune.records import DatasetType, Decision, Look
+from loraprune.rules import Rules
 from loraprune.schedule import cubic, learning_rate_factor, pruning_round
 from loraprune.sensitivity import nonfinite_layers, score_model, update_sensitivity_dict
 from loraprune.settings import Settings
+from loraprune.steering import Steering, take_look
 
-
-@dataclass(frozen=True)
-class Target:
-    """Where P(forget) is steered: the value, the band around it, and what set it."""
-
-    performance: float
-    low: float
-    high: float
-    source: str
-
-    def way_left(self, performance: float, before: float) -> float:
-        """Return how much of the way from `before` down to the target is left, in [0, 1]; 0 at the target and below."""
-        if performance <= self.performance:
-            return 0.0
-        return min(1.0, (performance - self.performance) / (before - self.performance)) if before > performance else 1.0
-
-    def holds(self, performance: float) -> bool:
-        return self.low <= performance <= self.high
-
-
-@dataclass(frozen=True)
-class TrainingSets:
-    """The tokenised sets of a run; no forget set means plain compression."""
-
-    taught: Sequence[Example]
-    floor: Sequence[Example]
-    forget: Sequence[Example] | None
-    pad_token_id: int
-
-    def scored(self) -> list[tuple[DatasetType, Sequence[Example]]]:
-        """Return the sets whose sensitivities decide."""
-        sets: list[tuple[DatasetType, Sequence[Example]]] = [("retain", self.taught)]
-        return sets if self.forget is None else [*sets, ("forget", self.forget)]
+Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
 
 
 def _show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
@@ -76,7 +54,9 @@ def _show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) 
 class LoRAPruneTrainer(Trainer):
     """A transformers.Trainer whose loss is retain + ratio x forget, and that prunes between steps.
 
-    The forget loss of a batch fades with the way that its P has left to the target, so that nothing is pushed below it.
+    The forget loss of a batch fades with the way that its P has left to the target, so that nothing is pushed below it;
+    sets of earlier requests are pushed down as soon as they rise above where they rest. A step whose gradient is not
+    finite is left out and counted.
     """
 
     def __init__(
@@ -86,40 +66,35 @@ class LoRAPruneTrainer(Trainer):
         sets: TrainingSets,
         *,
         live: LiveMask,
-        before: Mapping[str, float],
-        target: Target | None,
+        steering: Steering,
         folder: Path,
-        record: Record,
+        event: Event,
     ) -> None:
-        """`before`: P of the untouched model on "floor" and "forget"; a state saved in `folder` is taken up again."""
-        self.settings, self.sets, self.live, self.before, self.target = settings, sets, live, before, target
-        self.record, self.state_folder = record, folder / "state"
+        """`event` takes what happens; a state saved in `folder` is taken up again."""
+        self.settings, self.sets, self.live, self.steering = settings, sets, live, steering
+        self.event, self.state_folder = event, folder / "state"
         main = settings.warmup_steps + settings.prune_every * settings.prune_rounds
-        self.run_state, self.last_good = load_state(self.state_folder) or (RunState(main_end=main), take_state(model))
+        fresh = Point(take_state(model), {})
+        self.saved = load_state(self.state_folder) or SavedRun(RunState(main_end=main), fresh, fresh, {})
+        self.run_state, self.good = self.saved.run_state, self.saved.good
         self.first_step, self.note = self.run_state.step, ""
         self.advance: Advance = _show_nothing
+        self.undone = 0  # roll-backs of the pruning step that is being tried
         self.clock = monotonic()
-        self.base_log_probability = self._untouched_log_probability(model)
-        restore_state(model, self.last_good)
-        steps = main + settings.finish_steps
+        self.balance = Balance(model, settings, sets, live, steering)
+        restore_state(model, self.saved.now.state)
         self.adapted = model
-        super().__init__(model=model, args=_training_arguments(settings, folder / "logs", steps))
+        arguments = _training_arguments(settings, folder / "logs", main + settings.finish_steps)
+        super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Between(self))
-
-    def _untouched_log_probability(self, model: PeftModel) -> Tensor | None:
-        """Return log p of every forget answer under the untouched model, (rows,): adapters off, mask off."""
-        if self.sets.forget is None:
-            return None
-        with self.live.lifted(), model.disable_adapter():
-            return answer_values(model, self.sets.forget, **self._pass()).log_probability.float()
-
-    def _pass(self) -> dict[str, Any]:
-        return {"batch_size": self.settings.evaluate_batch_size, "pad_token_id": self.sets.pad_token_id}
 
     def run(self) -> None:
         """Train, prune and recover to the end; a run whose end was saved already is left as it is."""
         self.clock = monotonic()
+        if self.run_state.good_look is None:
+            self.run_state.good_look = self._look()
+            self.record("evaluate", self.run_state.good_look)
         with stage("train", self.run_state.main_end + self.settings.finish_steps) as self.advance:
             self.advance(self.first_step)
             if not self._over:
@@ -148,6 +123,7 @@ class LoRAPruneTrainer(Trainer):
         pairs = PairedBatches(
             self.sets.taught,
             self.sets.forget,
+            joined(self.sets.already_forgotten),
             retain_batch_size=self.settings.retain_batch_size,
             forget_batch_size=self.settings.forget_batch_size,
             pad_token_id=self.sets.pad_token_id,
@@ -170,100 +146,121 @@ class LoRAPruneTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: Mapping[str, Any],  # "retain", and "forget" when there is one: a batch each
+        inputs: Mapping[str, Any],  # "retain", and "forget" and "already_forgotten" where there are: a batch each
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return retain loss + forget_retain_ratio x forget loss of a pair of batches."""
-        batch = inputs["retain"]
-        logits = logits_of(model, batch)
-        loss = retain_loss(logits, batch["labels"])
-        if self.run_state.forgetting and "forget" in inputs and self.settings.forget_loss != "none":
-            loss = loss + self.settings.forget_retain_ratio * self._forget_loss(model, inputs["forget"])
+        """Return retain loss + forget_retain_ratio x what pushes the forget sets down, of a batch of each set."""
+        loss, logits = self.balance.loss(
+            model, inputs, forgetting=self.run_state.forgetting, forget_weight=self.run_state.forget_weight
+        )
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _forget_loss(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        logits = logits_of(model, batch)
-        values, counted = answer_log_probabilities(logits, batch["labels"])
-        rows, tokens = row_sums(values, counted), counted.sum(1)
-        performance = float((rows.detach() / tokens).exp().mean())
-        weight = 1.0 if self.target is None else self.target.way_left(performance, self.before["forget"])
-        if weight == 0.0:
-            return rows.new_zeros(())
-        assert self.base_log_probability is not None
-        base = self.base_log_probability.to(rows.device)[batch["rows"]]
-        return weight * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
     def after_step(self) -> bool:
         """Prune or look, as the step asks; return whether the run is over."""
-        state, settings = self.run_state, self.settings
+        state = self.run_state
         state.step += 1
         now = monotonic()
         state.train_seconds, self.clock = state.train_seconds + now - self.clock, now
         self.advance(1, self.note)
+        acted = self._act()
+        if self._over:
+            self._finish()
+        if acted or self._over:
+            save_state(self.state_folder, self.run_state, self._point(), self.good)
+        return self._over
+
+    def _act(self) -> bool:
+        """Prune or look where the step asks for it; return whether it did."""
+        state, settings = self.run_state, self.settings
         if state.step <= state.main_end:
             turn = pruning_round(state.step, settings.warmup_steps, settings.prune_every, settings.prune_rounds)
             if turn is not None:
                 self._prune(turn)
-        elif (state.step - state.main_end) % settings.evaluate_every == 0:
+            return turn is not None
+        due = (state.step - state.main_end) % settings.evaluate_every == 0
+        if due:
             self._steer()
-        if self._over:
-            self._finish()
-        return self._over
+        return due
+
+    def before_step(self) -> None:
+        """Leave this step out where a gradient is not finite: one bad batch must not spoil the adapters."""
+        gradients = (one.grad for one in self.adapted.parameters() if one.grad is not None)
+        if not all(bool(one.isfinite().all()) for one in gradients):
+            self._skip()
+
+    def _skip(self) -> None:
+        self.adapted.zero_grad(set_to_none=True)  # the optimizer passes over weights without a gradient
+        self.run_state.skipped += 1
+        self.event("skip", step=self.run_state.step + 1, reason="the gradient was not finite")
 
     def _prune(self, turn: int) -> None:
-        finite = [self._score(name, one) for name, one in self.sets.scored()]
-        if not all(finite):
+        begun = monotonic()
+        broken = {name: self._score(name, one) for name, one in self.sets.scored()}
+        looked, duration = self._look(), round(monotonic() - begun, 3)
+        rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored()}
+        self.run_state.score_seconds += duration
+        self.record("score", looked, rows=rows, non_finite=joined(broken.values()), duration=duration)
+        if any(broken.values()):
             return
+        if not self.steering.limits.broken(looked):
+            self._hold(looked)
+        self._follow(self._step_of(turn, looked))
+
+    def _step_of(self, turn: int, looked: Look) -> Decision:
+        """Take one pruning step, as far as the schedule and the steps before it allow."""
         state, settings, scored = self.run_state, self.settings, self.run_state.sensitivities
-        begun, early = self.live.value.sparsity(self.live.groups), self._early_goal()
         planned = (settings.sparsity or settings.max_sparsity) * cubic(turn, settings.prune_rounds)
-        ratio = min(planned, begun + state.largest_step)
-        decision = unlearning_prune(
+        return unlearning_prune(
             self.adapted,
             scored.forget.values() if self.sets.forget is not None else None,
             scored.retain.values(),
             settings.unlearning_threshold,
             settings.min_retain_performance,
-            retention=lambda: self._retention()[1],
-            ratio=ratio,
+            look=self._look,
+            ratio=min(planned, looked.sparsity + state.largest_step),
+            limits=self.steering.limits,
             repair=self._repair if settings.recovery_steps else None,
-            last_good=self.last_good,
-            forget_performance=None if early is None else self._forget_performance(),
-            forget_goal=early,
+            roll_back=self._roll_back,
+            forget_performance=looked.forget,
+            forget_goal=self._early_goal(),
             rules=self.rules,
             step=state.step,
             record=self.record,
         )
+
+    def _follow(self, decision: Decision) -> None:
+        """Take over what a pruning step decided; one that had to be undone makes the run gentler."""
+        state, tried_again = self.run_state, self.undone > 0
+        if decision.look is not None:
+            gained = decision.look.sparsity - (state.good_look.sparsity if state.good_look else 0.0)
+            if tried_again and decision.removals:
+                state.largest_step = gained
+            self._hold(decision.look)
+        if tried_again:
+            state.forget_weight /= 2
         state.removals += decision.removals
         state.ended_by = decision.ended_by
-        if decision.ended_by in ("floor", "target"):
+        if decision.look is None or decision.ended_by == "target":
             state.main_end = state.step
-            self.advance(0, new_total=state.main_end + settings.finish_steps)
+            self.advance(0, new_total=state.main_end + self.settings.finish_steps)
         state.forgetting = state.step < state.main_end
-        gained = self.live.value.sparsity(self.live.groups) - begun
-        if decision.removals and decision.ended_by == "budget" and gained < 0.6 * (ratio - begun):
-            state.largest_step = gained  # the step was halved at least once
-        self._log_metrics("accept" if decision.ended_by != "floor" else "stop")
-        if decision.ended_by != "floor":
-            self._keep()
+        self.undone = 0
 
     @property
     def rules(self) -> Rules:
-        one = self.settings
-        return Rules(
-            one.unlearning_threshold, one.unlearning_epsilon, one.minimum_forget_sensitivity, one.min_groups_per_layer
-        )
+        return Rules.of(self.settings)
 
     def _early_goal(self) -> float | None:
         """Return the P(forget) at which pruning stops early: only when no sparsity was asked for."""
-        return self.target.high if self.target is not None and self.settings.sparsity is None else None
+        target = self.steering.target
+        return target.high if target is not None and self.settings.sparsity is None else None
 
-    def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> bool:
-        """Score one set and average the score in; return whether it was finite, else nothing is pruned at this step."""
-        settings, state, begun = self.settings, self.run_state, monotonic()
+    def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> list[str]:
+        """Score one set and average the score in; return where it was not finite: then nothing is pruned now."""
+        settings, state = self.settings, self.run_state
         sample = score_sample(examples, settings.score_rows, settings.seed)
         new = score_model(
             self.adapted,
@@ -274,15 +271,10 @@ class LoRAPruneTrainer(Trainer):
             loss=settings.score_loss,
             power=settings.score_power,
         )
-        broken = nonfinite_layers(new)
         state.sensitivities = update_sensitivity_dict(
             state.sensitivities, new, dataset_type, kept=self.live.value, beta=settings.moving_average
         )
-        where = [f"{kind} of layer {layer}" for kind, layer in broken]
-        duration = round(monotonic() - begun, 3)
-        state.score_seconds += duration
-        self.record("score", step=state.step, set=dataset_type, rows=len(sample), non_finite=where, duration=duration)
-        return not broken
+        return [f"{kind} of layer {layer}, {dataset_type}" for kind, layer in nonfinite_layers(new)]
 
     def _batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         device = self.args.device
@@ -291,74 +283,130 @@ class LoRAPruneTrainer(Trainer):
             for part in batches_by_length(examples, self.settings.evaluate_batch_size)
         ]
 
-    def _repair(self) -> None:
+    def _repair(self) -> int:
         """Take `recovery_steps` optimizer steps on the retain set alone, with the batches of the steps to come."""
         was, self.run_state.forgetting = self.run_state.forgetting, False
         batches = self._paired_from(self.run_state.step, self.settings.recovery_steps)
         for batch in (batches[index] for index in range(len(batches))):
             self.training_step(self.adapted, batch)
-            self.accelerator.clip_grad_norm_(self.adapted.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.adapted.parameters(), self.args.max_grad_norm)
+            if norm is not None and not isfinite(float(norm)):
+                self._skip()
             self.stepper.step()
             self.stepper.zero_grad()
         self.run_state.forgetting = was
+        return len(batches)
 
     def _steer(self) -> None:
-        """Look at both sets during recovery: the forget loss goes on when P(forget) left the band upwards."""
-        numbers = self._log_metrics("evaluate")
-        holds = numbers["retention"] >= self.settings.min_retain_performance
-        if self.target is not None:
-            self.run_state.forgetting = holds and numbers["forget"] > (self.target.performance + self.target.high) / 2
-        if holds:
-            self._keep()
+        """Look at the model during recovery: the forget loss goes on when P(forget) left the band upwards."""
+        looked, target = self._look(), self.steering.target
+        acceptable = self.steering.acceptable(looked)
+        self.record("evaluate", looked, broken=self.steering.limits.broken(looked))
+        if target is not None and looked.forget is not None:
+            self.run_state.forgetting = acceptable and looked.forget > (target.performance + target.high) / 2
+        if self._better(looked):
+            self._hold(looked)
 
-    def _keep(self) -> None:
-        """Make the model as it is now the point to come back to, in memory and on disk."""
-        self.last_good = take_state(self.adapted)
-        save_state(self.state_folder, self.run_state, self.last_good, self.stepper)
+    def _better(self, looked: Look) -> bool:
+        """Say whether the model may be written and is no further from the band than at the point to roll back to."""
+        good, steering = self.run_state.good_look, self.steering
+        return steering.acceptable(looked) and (good is None or steering.distance(looked) <= steering.distance(good))
+
+    def _hold(self, looked: Look) -> None:
+        """Make the model as it is now the point to roll back to."""
+        self.good, self.run_state.good_look = self._point(), looked
+
+    def _point(self) -> Point:
+        return Point(take_state(self.adapted), moments_of(self.stepper))
+
+    def _roll_back(self) -> Look:
+        """Go back to the last good point, optimizer included, and return what was seen there."""
+        assert self.run_state.good_look is not None  # the first look is taken before the first step
+        self.undone += 1
+        self._go_to(self.good)
+        return self.run_state.good_look
+
+    def _go_to(self, point: Point) -> None:
+        restore_state(self.adapted, point.state)
+        restore_moments(self.stepper, point.moments)
 
     def _finish(self) -> None:
-        """Save the end; where it broke the floor, the last good state is the end."""
-        if not self._retention()[1] >= self.settings.min_retain_performance:  # NaN breaks the floor too
-            restore_state(self.adapted, self.last_good)
-            self.record("roll_back", step=self.run_state.step, sparsity=self.live.value.sparsity(self.live.groups))
-        self._keep()
+        """End at the best point that keeps its limits with the adapters merged, as it will be written.
+
+        That is the model now, else the last good one, else the one to start from, which keeps them by definition.
+        """
+        looked, now, untouched = self._look(), self._point(), self._untouched()
+        ends = [now, self.good, untouched] if self._better(looked) else [self.good, untouched]
+        for self.good in ends:
+            self._go_to(self.good)
+            if self._acceptable_when_merged():
+                break
+        if self.good is now:
+            self.run_state.good_look = looked
+            return
+        if self.good is untouched:
+            self.run_state.removals, self.run_state.ended_by = [], "floor"
+        tried, self.run_state.good_look = looked.sparsity, self._look()
+        self.record("roll_back", self.run_state.good_look, broken=self.steering.limits.broken(looked), tried=tried)
+
+    def _acceptable_when_merged(self) -> bool:
+        with merged(self.adapted):
+            return self.steering.acceptable(self._look())
+
+    def _untouched(self) -> Point:
+        """Return the model to start from: nothing masked, adapters that add nothing."""
+        trained = take_state(self.adapted).trained
+        nothing = {name: torch.zeros_like(one) if "lora_B" in name else one for name, one in trained.items()}
+        return Point(ModelState(full_mask(self.live.groups), nothing), {})
 
     # --- the plan's methods ------------------------------------------------------------------------------------------
 
     def evaluate_forget_retain(self) -> dict[str, float]:
         """Evaluate the model on both sets: retention on the floor rows, P on them, and P(forget) when there is one."""
-        floor, kept = self._retention()
-        numbers = {"retain": floor, "retention": kept}
-        if self.sets.forget is not None:
-            numbers["forget"] = self._forget_performance()
-        return numbers
+        looked = self._look()
+        numbers = {"retain": self._retain_of(looked), "retention": looked.retention}
+        return numbers if looked.forget is None else {**numbers, "forget": looked.forget}
 
-    def _retention(self) -> tuple[float, float]:
-        """Return P on the floor rows, and it over P before."""
-        floor = measure(self.adapted, self.sets.floor, **self._pass()).performance
-        return floor, retention(self.before["floor"], floor)
+    def _retain_of(self, looked: Look) -> float:
+        """Return P on the floor rows."""
+        before = self.steering.probes.floor_before
+        return looked.retention * sum(before) / len(before)
 
-    def _forget_performance(self) -> float:
-        assert self.sets.forget is not None
-        return measure(self.adapted, self.sets.forget, **self._pass()).performance
-
-    def compute_unlearning_metrics(self) -> dict[str, float]:
-        """Return progress and trade-off now: both performances, sparsity, drop on forget, what it cost on retain."""
-        numbers = self.evaluate_forget_retain()
-        numbers["sparsity"] = self.live.value.sparsity(self.live.groups)
-        if "forget" in numbers:
-            drop = forget_drop(self.before["forget"], numbers["forget"])
+    def compute_unlearning_metrics(self, looked: Look | None = None) -> dict[str, float]:
+        """Return progress and trade-off now: the look's numbers, the drop on forget, what it cost on retain."""
+        looked = looked or self._look()
+        numbers = {"retain": self._retain_of(looked), **_flat(looked.as_values())}
+        if looked.forget is not None and self.steering.forget_before is not None:
+            drop = forget_drop(self.steering.forget_before, looked.forget)
             numbers["forget_drop"] = drop
-            numbers["forget_per_retain"] = forget_per_retain(drop, numbers["retention"])
+            numbers["forget_per_retain"] = forget_per_retain(drop, looked.retention)
         return numbers
 
-    def _log_metrics(self, event: str) -> dict[str, float]:
-        numbers = self.compute_unlearning_metrics()
-        kept = {kind: one.sum(1).tolist() for kind, one in self.live.value.kept.items()}
-        self.record(event, step=self.run_state.step, **numbers, groups={kind: sum(one) for kind, one in kept.items()})
-        self.log(dict(numbers))
-        self.note = "  ".join(f"{name} {numbers[name]:.2f}" for name in ("forget", "retention") if name in numbers)
-        return numbers
+    def _look(self) -> Look:
+        return take_look(self.adapted, self.live, self.steering.probes)
+
+    def record(self, kind: str, look: Look, **values: Any) -> None:
+        """Write one line of events.jsonl; its numbers also go to `report_to` and, in short, to the progress bar."""
+        if kind in ("propose", "evaluate"):
+            for name in values.get("broken", ()):
+                self.run_state.breaks[name] = self.run_state.breaks.get(name, 0) + 1
+        self.event(kind, **{"step": self.run_state.step, **look.as_values(), **values})
+        self.log(self.compute_unlearning_metrics(look))
+        shown = {"forget": look.forget, "retention": look.retention}
+        self.note = "  ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None)
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, float]:
+    """Return nested numbers under names such as "groups/kv_group/0", as tools that draw curves want them."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{name}/")
+        elif isinstance(value, tuple):
+            flat |= _flat(dict(zip(map(str, range(len(value))), value, strict=True)), f"{above}{name}/")
+        else:
+            flat[above + name] = value
+    return flat
 
 
 class _From(Dataset[Any]):
@@ -382,8 +430,11 @@ class _Between(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         state.global_step = self.trainer.first_step  # so that a resumed run's steps count on
-        if self.trainer.state_folder.exists():
-            resume_optimizer(self.trainer.state_folder, self.trainer.stepper)
+        restore_moments(self.trainer.stepper, self.trainer.saved.now.moments)
+        restore_random(self.trainer.saved.random)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.trainer.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         control.should_training_stop = self.trainer.after_step()
@@ -391,7 +442,7 @@ class _Between(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         if logs and "loss" in logs:
             kept = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
-            self.trainer.record("train", step=self.trainer.run_state.step, **kept)
+            self.trainer.event("train", step=self.trainer.run_state.step, **kept)
 
 
 def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from loraprune.balance import TrainingSets
 from loraprune.data import Example
 from loraprune.errors import UserError
 from loraprune.estimate import (
@@ -28,15 +29,17 @@ from loraprune.estimate import (
     trial_counts,
 )
 from loraprune.groups import find_groups
-from loraprune.inputs import Inputs
+from loraprune.inputs import Inputs, earlier_sets
 from loraprune.mask import LiveMask
 from loraprune.memory import private_bytes, resident_bytes, traced
-from loraprune.model import attach_lora, device_of, load_model, pad_token_id, weight_shapes
-from loraprune.records import KINDS, DatasetType, Mask, Sensitivity
+from loraprune.model import attach_lora, device_of, load_model, lora_layers, pad_token_id, weight_shapes
+from loraprune.records import DatasetType, Mask, Sensitivity
+from loraprune.rules import smallest_step
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
+from loraprune.steering import Ceiling, Probe, Probes, Steering
 from loraprune.surgery import cut_weights
-from loraprune.trainer import LoRAPruneTrainer, TrainingSets, score_sample
+from loraprune.trainer import LoRAPruneTrainer, score_sample
 
 Values = dict[str, Any]
 TRIAL_ROWS = 8  # of a pass whose size is not known yet
@@ -58,6 +61,7 @@ class Trial:
         self.groups = find_groups(base, inputs.config)
         model = attach_lora(base, settings)
         self.adapters = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+        self.copied = sum(layer.get_base_layer().weight.nbytes for layer in lora_layers(model))
         self.private = private_bytes()
         self.trainer = trial_trainer(settings, inputs, model, LiveMask(model, self.groups), scratch)
         self.passes = Passes(settings, inputs.examples, self.trainer)
@@ -69,8 +73,8 @@ class Trial:
 
     @property
     def smallest_step(self) -> float:
-        """Return the smallest step of sparsity: one slice."""
-        return min(map(self.groups.slice_parameters, KINDS)) / self.groups.total_parameters
+        """Return the smallest step of sparsity that the run can take."""
+        return smallest_step(self.groups, self.trainer.rules) / self.groups.total_parameters
 
     def score(self) -> SensitivityDict:
         """Return the sensitivities of the run's own sample under fresh adapters."""
@@ -135,12 +139,13 @@ class Trial:
 
         Of several models one at a time is evaluated; training takes a step before anything is scored.
         """
+        copied = self.copied if device_of(self.settings).type == "cpu" else 0  # at the end, while adapters are merged
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": (MOMENTS + POINT) * self.adapters}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest = max([1.0, *self._other_sizes()])
         return [
             {"stage": "evaluate before", "weights": round(largest * self.weights), **alone},
-            {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"])},
+            {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + copied)},
             {"stage": "score", **trained, "activations": peaks["score"]},
             {"stage": "export", **trained, "activations": peaks["export"]},
             {"stage": "evaluate after", "weights": round((1 - goal.sparsity(self.groups)) * self.weights), **alone},
@@ -204,22 +209,14 @@ def _refuse_broken(name: str, score: Sensitivity) -> None:
 
 def trial_trainer(settings: Settings, inputs: Inputs, model: Any, live: LiveMask, scratch: Path) -> LoRAPruneTrainer:
     """Return the run's own trainer, with the forget loss at full weight, and passes of few rows while it is made."""
-    sets = TrainingSets(
-        inputs.examples["taught"],
-        inputs.examples["floor"],
-        inputs.examples.get("forget"),
-        pad_token_id(inputs.tokenizer),
-    )
+    examples, pad = inputs.examples, pad_token_id(inputs.tokenizer)
+    earlier = tuple(examples[name] for name in earlier_sets(settings))
+    sets = TrainingSets(examples["taught"], examples.get("forget"), pad, earlier)
     careful = replace(settings, evaluate_batch_size=min(TRIAL_ROWS, settings.evaluate_batch_size), report_to=())
+    nobody = Probes(Probe((), ()), (), pad, careful.evaluate_batch_size)  # the trial takes no look of the trainer's
+    steering = Steering(nobody, ceilings=tuple(Ceiling(0.0, 0.0) for _ in earlier))
     return LoRAPruneTrainer(
-        model,
-        careful,
-        sets,
-        live=live,
-        before={},
-        target=None,
-        folder=scratch,
-        record=lambda kind, **values: None,
+        model, careful, sets, live=live, steering=steering, folder=scratch, event=lambda kind, **values: None
     )
 
 

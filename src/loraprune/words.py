@@ -1,7 +1,7 @@
 """Words: numbers and outcomes as a person reads them.
 
-Reads    values of metrics.json
-Gives    number_text, percent, apart, band_texts, outcome_text
+Reads    values of metrics.json and events.jsonl
+Gives    number_text, percent, duration_text, apart, band_texts, position, outcome_text, TARGET_SOURCES, ENDINGS
 Source   -
 Symbols  P = performance
 """
@@ -10,6 +10,27 @@ from collections.abc import Mapping
 from typing import Any
 
 Values = Mapping[str, Any]
+
+TARGET_SOURCES = {
+    "reference": "P(forget) of the reference model",
+    "holdout": "P(holdout) of the untouched model",
+    "forget_target": "set by hand",
+    "tenth": "a tenth of P(forget) of the untouched model",
+}
+ENDINGS = {
+    "budget": "everything that was asked to go is gone",
+    "no_candidates": "no group was left that may go",
+    "target": "P(forget) had come down to the band",
+    "floor": "the next step would have broken the floor",
+    "guard": "the next step would have cost more on the guard text than is allowed",
+    "ceiling": "the next step would have brought back what an earlier request removed",
+    "band": "the next step would have pushed P(forget) below the band",
+}
+BROKEN = {
+    "floor": "retention fell below the floor",
+    "guard": "the loss on the guard text grew too much",
+    "ceiling": "what an earlier request removed came back",
+}
 
 
 def number_text(value: float | int | None) -> str:
@@ -26,6 +47,16 @@ def percent(value: float, sign: str = "-") -> str:
     return f"{100 * value:{sign}.1f} %"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as a person says it: "41 s", "3 min 12 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
 def apart(*values: float) -> list[str]:
     """Return the values with the fewest decimals, two or more, at which those that differ look different."""
     for digits in range(2, 6):
@@ -40,13 +71,21 @@ def band_texts(target: Values) -> tuple[str, str]:
     return low, high
 
 
+def position(performance: float, target: Values) -> str:
+    """Return where P(forget) stands to the target's band: "below", "above" or "inside"; "outside" where it is NaN."""
+    if target["low"] <= performance <= target["high"]:
+        return "inside"
+    return "below" if performance < target["low"] else "above" if performance > target["high"] else "outside"
+
+
 def outcome_text(metrics: Values) -> str:
     """Return what ended the run and why, as "target_reached: P(forget) 0.47 is inside 0.36 .. 0.60"."""
+    breaks = metrics.get("breaks", {})
     reasons = {
         "target_reached": [],
         "budget_spent": [_budget_words(metrics)],
-        "no_candidates": [f"no group is left that may go, at sparsity {number_text(metrics['sparsity'])}"],
-        "floor_reached": [_floor_words(metrics["floor"])],
+        "no_candidates": [_left_words(metrics)],
+        "floor_reached": [_floor_words(metrics["floor"], breaks), *_broken_words(breaks)],
     }[metrics["outcome"]]
     if metrics.get("target") and metrics.get("forget"):
         reasons = [*reasons, _position_words(metrics["forget"]["after"]["performance"], metrics["target"])]
@@ -60,17 +99,33 @@ def _budget_words(metrics: Values) -> str:
     return f"sparsity {sparsity} is all that was to be removed"
 
 
+def _left_words(metrics: Values) -> str:
+    sparsity = number_text(metrics["sparsity"])
+    if metrics.get("breaks", {}).get("band"):
+        return f"at sparsity {sparsity} no step is left that keeps P(forget) above the band's lower end"
+    return f"no group is left that may go, at sparsity {sparsity}"
+
+
+def _broken_words(breaks: Mapping[str, int]) -> list[str]:
+    """Return how often the run met each limit that held it back."""
+    return [
+        f"{words} {breaks[name]} time{'s' if breaks[name] > 1 else ''}"
+        for name, words in BROKEN.items()
+        if breaks.get(name)
+    ]
+
+
 def _position_words(performance: float, target: Values) -> str:
     low, high = max(target["low"], 0.0), target["high"]
     value_words, low_words, high_words = apart(performance, low, high)
-    where = "below" if performance < low else "above" if performance > high else "inside"
-    return f"P(forget) {value_words} is {where} {low_words} .. {high_words}"
+    return f"P(forget) {value_words} is {position(performance, target)} {low_words} .. {high_words}"
 
 
-def _floor_words(floor: Values) -> str:
+def _floor_words(floor: Values, breaks: Values) -> str:
     if floor.get("retention") is None:
         return f"the floor of retention is {number_text(floor['min_retain_performance'])}"
     kept, least = apart(floor["retention"], floor["min_retain_performance"])
     if floor["held"]:
-        return f"a further step would break the floor {least}; retention on the floor rows is {kept}"
+        further = "" if breaks and "floor" not in breaks else f"a further step would break the floor {least}; "
+        return f"{further}retention on the floor rows is {kept}"
     return f"retention on the floor rows is {kept}, below the floor {least}"

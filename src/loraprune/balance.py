@@ -1,0 +1,121 @@
+"""Balance: how hard each set is pulled at a training step, and the loss that comes of it.
+
+Reads    a batch of each set, the model, where P(forget) stands between its beginning and its target
+Gives    TrainingSets, Balance
+Source   -
+Symbols  P = performance; rest = where P of an earlier request's set is held, high = its ceiling
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loraprune.data import Example
+from loraprune.evaluate import answer_values
+from loraprune.mask import LiveMask
+from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, retain_loss, row_sums
+from loraprune.records import DatasetType
+from loraprune.settings import Settings
+from loraprune.steering import Steering
+
+Item = TypeVar("Item")
+Weight = Callable[[Tensor, Tensor], float]  # of a batch, from its rows' numbers and their P
+
+
+def joined(sequences: Iterable[Sequence[Item]]) -> list[Item]:
+    """Return the items of all sequences in order."""
+    return [item for one in sequences for item in one]
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """The tokenised sets that a run trains on; no forget set means plain compression."""
+
+    taught: Sequence[Example]
+    forget: Sequence[Example] | None
+    pad_token_id: int
+    already_forgotten: tuple[Sequence[Example], ...] = ()  # a set for each earlier request
+
+    def scored(self) -> list[tuple[DatasetType, Sequence[Example]]]:
+        """Return the sets whose sensitivities decide."""
+        sets: list[tuple[DatasetType, Sequence[Example]]] = [("retain", self.taught)]
+        return sets if self.forget is None else [*sets, ("forget", self.forget)]
+
+
+class Balance:
+    """The loss of a step: retain + ratio x forget, the forget part fading as P nears its target.
+
+    Nothing is pushed below its target. Sets of earlier requests are pushed down as soon as they rise above where they
+    rest, also while the forget set itself is left alone.
+    """
+
+    def __init__(
+        self, model: PeftModel, settings: Settings, sets: TrainingSets, live: LiveMask, steering: Steering
+    ) -> None:
+        self.settings, self.sets, self.steering = settings, sets, steering
+        self.untouched = self.untouched_log_probability(model, live)
+
+    def untouched_log_probability(self, model: PeftModel, live: LiveMask) -> dict[str, Tensor]:
+        """Return log p of every answer that is pushed down under the model to start from: adapters off, mask off."""
+        pushed = {"forget": self.sets.forget or (), "already_forgotten": joined(self.sets.already_forgotten)}
+        size: dict[str, Any] = {"batch_size": self.settings.evaluate_batch_size, "pad_token_id": self.sets.pad_token_id}
+        with live.lifted(), model.disable_adapter():
+            return {
+                name: answer_values(model, examples, **size).log_probability.float()
+                for name, examples in pushed.items()
+                if examples
+            }
+
+    def loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], *, forgetting: bool, forget_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch of each set, and the retain batch's logits.
+
+        `forget_weight`, in (0, 1]: how much of the forget loss is left after steps that had to be undone.
+        """
+        batch = inputs["retain"]
+        logits = logits_of(model, batch)
+        loss = retain_loss(logits, batch["labels"])
+        for name, weight in self._weights(forgetting, forget_weight).items():
+            if name in inputs:
+                pushed = self._pushed_down(model, inputs[name], self.untouched[name], weight)
+                loss = loss + self.settings.forget_retain_ratio * pushed
+        return loss, logits
+
+    def _weights(self, forgetting: bool, forget_weight: float) -> dict[str, Weight]:
+        """Return by what each set is pushed down at this step, given a batch's rows and their P."""
+        if self.settings.forget_loss == "none":
+            return {}
+        weights: dict[str, Weight] = {"already_forgotten": self._held_down}
+        if forgetting:
+            weights["forget"] = lambda rows, performance: forget_weight * self._way_left(performance)
+        return weights
+
+    def _way_left(self, performance: Tensor) -> float:
+        """Return the weight of a forget batch: 1 at P before, 0 at the target and below."""
+        target, before = self.steering.target, self.steering.forget_before
+        return 1.0 if target is None or before is None else target.way_left(float(performance.mean()), before)
+
+    def _held_down(self, rows: Tensor, performance: Tensor) -> float:
+        """Return the weight of a batch of earlier requests: 0 where they rest, 1 at their ceilings."""
+        counts = torch.tensor([len(one) for one in self.sets.already_forgotten])
+        which = torch.arange(len(counts)).repeat_interleave(counts)[rows.cpu()]
+        rest, high = (
+            torch.tensor([getattr(one, name) for one in self.steering.ceilings])[which].mean()
+            for name in ("rest", "high")
+        )
+        return float(((performance.mean().cpu() - rest) / (high - rest).clamp(min=1e-6)).clamp(0.0, 1.0))
+
+    def _pushed_down(self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight) -> Tensor:
+        logits = logits_of(model, batch)
+        values, counted = answer_log_probabilities(logits, batch["labels"])
+        rows, tokens = row_sums(values, counted), counted.sum(1)
+        factor = weight(batch["rows"], (rows.detach() / tokens).exp())
+        if factor == 0.0:
+            return rows.new_zeros(())
+        base = untouched.to(rows.device)[batch["rows"]]
+        return factor * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)

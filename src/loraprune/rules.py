@@ -1,0 +1,83 @@
+"""Rules: what every decision obeys, and the widths that may stand under it.
+
+Reads    Settings, ModelGroups, the present mask
+Gives    Rules, allowed_widths, smallest_step, most_removable
+Source   -
+Symbols  width = the number of groups of a kind that a layer keeps
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loraprune.records import KINDS, GroupKind, Mask, ModelGroups
+from loraprune.settings import Settings
+
+Widths = Literal["uniform", "per_layer"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every decision obeys."""
+
+    threshold: float = 0.5
+    epsilon: float = 1e-6
+    minimum_forget: float = 0.1
+    min_groups_per_layer: int = 1
+    widths: Widths = "uniform"
+    round_to: int = 1
+
+    @staticmethod
+    def of(settings: Settings) -> "Rules":
+        """Return the rules that a run's settings ask for."""
+        return Rules(
+            settings.unlearning_threshold,
+            settings.unlearning_epsilon,
+            settings.minimum_forget_sensitivity,
+            settings.min_groups_per_layer,
+            round_to=settings.round_to,
+        )
+
+
+def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[int]:
+    """Return the numbers of groups that a layer may keep, the untouched one first, falling.
+
+    Channels come in multiples of `round_to`; under uniform widths, kv_groups in numbers that the family's config takes.
+    """
+    untouched = groups.count(kind)
+    lower = range(untouched - 1, rules.min_groups_per_layer - 1, -1)
+    return [untouched, *(width for width in lower if _may_stand(kind, width, groups, rules))]
+
+
+def _may_stand(kind: GroupKind, width: int, groups: ModelGroups, rules: Rules) -> bool:
+    if kind == "ffn_channel":
+        return width % rules.round_to == 0
+    return rules.widths == "per_layer" or width in groups.allowed_kv_groups
+
+
+def smallest_step(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> int:
+    """Return the parameters of the smallest thing that may go next, 0 where nothing may; `kept` None: untouched."""
+    steps: list[int] = []
+    for kind in KINDS:
+        left = [groups.count(kind)] * groups.depth if kept is None else kept.kept[kind].sum(1).tolist()
+        steps += _next_steps(kind, left, groups, rules)
+    return min(steps, default=0)
+
+
+def _next_steps(kind: GroupKind, left: Sequence[int], groups: ModelGroups, rules: Rules) -> Iterator[int]:
+    """Give the parameters down to the next lower width: of all layers together, or of each layer."""
+    widths = allowed_widths(kind, groups, rules)
+    together = [range(groups.depth)] if rules.widths == "uniform" else [[layer] for layer in range(groups.depth)]
+    for layers in together:
+        width = next((one for one in widths if one < min(left[layer] for layer in layers)), None)
+        if width is not None:
+            yield sum((left[layer] - width) * groups.layers[kind][layer].parameters_per_group for layer in layers)
+
+
+def most_removable(groups: ModelGroups, rules: Rules) -> int:
+    """Return the parameters that go when every layer is cut down to its lowest allowed width."""
+    spare: list[int] = []
+    for kind in KINDS:
+        untouched, *lower = allowed_widths(kind, groups, rules)
+        spare.append((untouched - min(lower, default=untouched)) * groups.slice_parameters(kind))
+    return sum(spare)

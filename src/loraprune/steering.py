@@ -1,0 +1,186 @@
+"""Steering: where a run is to arrive, what no accepted step may break, and the look at a model that tells.
+
+Reads    settings and what the untouched model (and the reference) knew; a live model and the rows that steer
+Gives    Target, Ceiling, Limits, find_target, find_ceilings, find_limits, Probe, Probes, take_look
+Source   -
+Symbols  P = performance; a limit that is measured as NaN is broken
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from loraprune.data import Example
+from loraprune.evaluate import measure
+from loraprune.interval import ratio_interval
+from loraprune.mask import LiveMask
+from loraprune.records import KINDS, Limit, Look
+from loraprune.settings import Settings
+
+LEAST_HALF_BAND = 0.03
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where P(forget) is steered: the value, the band around it, and what set it."""
+
+    performance: float
+    low: float
+    high: float
+    source: str
+
+    def way_left(self, performance: float, before: float) -> float:
+        """Return how much of the way from `before` down to the target is left, in [0, 1]; 0 at the target and below."""
+        if performance <= self.performance:
+            return 0.0
+        return min(1.0, (performance - self.performance) / (before - self.performance)) if before > performance else 1.0
+
+    def holds(self, performance: float) -> bool:
+        return self.low <= performance <= self.high
+
+    def as_values(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def distance(self, performance: float) -> float:
+        """Return how far P(forget) is outside the band; 0 inside."""
+        return max(0.0, performance - self.high, self.low - performance)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What P of an earlier request's forget set is held at (`rest`), and what it must not rise above (`high`)."""
+
+    rest: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every accepted step and the written model hold."""
+
+    min_retain_performance: float = 0.0
+    max_guard_loss_ratio: float | None = None
+    ceilings: tuple[float, ...] = ()
+    min_forget: float | None = None  # the band's lower end; None where nothing can be overshot
+
+    def broken(self, look: Look) -> tuple[Limit, ...]:
+        """Return the limits that the model breaks."""
+        held: dict[Limit, bool] = {"floor": look.retention >= self.min_retain_performance}
+        if self.max_guard_loss_ratio is not None and look.guard_loss_ratio is not None:
+            held["guard"] = look.guard_loss_ratio <= self.max_guard_loss_ratio
+        held["ceiling"] = all(now <= high for now, high in zip(look.already_forgotten, self.ceilings, strict=True))
+        if self.min_forget is not None and look.forget is not None:
+            held["band"] = look.forget >= self.min_forget
+        return tuple(name for name, one in held.items() if not one)
+
+
+def half_band(value: float, settings: Settings) -> float:
+    """Return how far P may be from a natural value and still count as there."""
+    return settings.band if settings.band is not None else max(LEAST_HALF_BAND, value / 4)
+
+
+def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
+    """Return where P(forget) is steered: the reference's, else the holdout's, else as set, else a tenth of before."""
+    if not settings.is_unlearning:
+        return None
+    if "reference" in before:
+        value, source = before["reference"]["forget"]["performance"], "reference"
+    elif "holdout" in before:
+        value, source = before["holdout"]["performance"], "holdout"
+    elif settings.forget_target is not None:
+        value, source = settings.forget_target, "forget_target"
+    else:
+        value, source = before["forget"]["performance"] / 10, "tenth"
+    half = half_band(value, settings)
+    return Target(value, value - half, value + half, source)
+
+
+def find_ceilings(settings: Settings, before: Mapping[str, Any], names: Sequence[str]) -> tuple[Ceiling, ...]:
+    """Return the ceiling of each earlier request's set: the band's upper end around the reference's P.
+
+    Without a reference, around what the model to start from has. A set that is above already must not rise further.
+    """
+
+    def ceiling(name: str) -> Ceiling:
+        now = before[name]["performance"]
+        rest = before["reference"][name]["performance"] if "reference" in before else now
+        return Ceiling(rest, max(rest + half_band(rest, settings), now))
+
+    return tuple(map(ceiling, names))
+
+
+def find_limits(
+    settings: Settings, before: Mapping[str, Any], target: Target | None, ceilings: Sequence[Ceiling]
+) -> Limits:
+    """Return what every accepted step must hold; where P(forget) starts below the band it cannot be overshot."""
+    starts_above = target is not None and 0.0 < target.low <= before["forget"]["performance"]
+    return Limits(
+        settings.min_retain_performance,
+        settings.max_guard_loss_ratio if settings.guard is not None else None,
+        tuple(one.high for one in ceilings),
+        target.low if target is not None and starts_above else None,
+    )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows that are measured at every look; rows of one fact have the same number in `facts`."""
+
+    examples: Sequence[Example]
+    facts: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The sets by which a run is steered, and what the original model knew of them."""
+
+    floor: Probe
+    floor_before: Sequence[float]  # P of each floor row
+    pad_token_id: int
+    batch_size: int
+    forget: Probe | None = None
+    guard: Sequence[Example] = ()
+    guard_loss_before: float = 0.0
+    already_forgotten: tuple[Sequence[Example], ...] = ()
+
+
+def take_look(model: nn.Module, live: LiveMask, probes: Probes) -> Look:
+    """Return the model as it is now, mask and adapters included, in the numbers that steer."""
+
+    def measured(examples: Sequence[Example]) -> Any:
+        return measure(model, examples, batch_size=probes.batch_size, pad_token_id=probes.pad_token_id)
+
+    kept = measured(probes.floor.examples).row_performance
+    forget = measured(probes.forget.examples) if probes.forget else None
+    return Look(
+        sparsity=live.value.sparsity(live.groups),
+        retention=sum(kept) / sum(probes.floor_before),
+        retention_interval=ratio_interval(kept, probes.floor_before, probes.floor.facts),
+        forget=forget.performance if forget else None,
+        forget_interval=forget.interval(probes.forget.facts) if forget and probes.forget else None,
+        guard_loss_ratio=measured(probes.guard).loss / probes.guard_loss_before if probes.guard else None,
+        already_forgotten=tuple(measured(one).performance for one in probes.already_forgotten),
+        groups={kind: tuple(live.value.kept[kind].sum(1).tolist()) for kind in KINDS},
+    )
+
+
+@dataclass(frozen=True)
+class Steering:
+    """All that steers a run: what is looked at, what must hold, where P(forget) is to arrive and where it began."""
+
+    probes: Probes
+    limits: Limits = Limits()
+    target: Target | None = None
+    ceilings: tuple[Ceiling, ...] = ()
+    forget_before: float | None = None
+
+    def acceptable(self, look: Look) -> bool:
+        """Say whether a model may be written: every limit holds; outside of the band it is only a worse one."""
+        return set(self.limits.broken(look)) <= {"band"}
+
+    def distance(self, look: Look) -> float:
+        """Return how far P(forget) is outside the band; 0 without a target."""
+        return 0.0 if self.target is None or look.forget is None else self.target.distance(look.forget)
