@@ -135,15 +135,18 @@ class Trial:
         return cut_weights({name: one.detach() for name, one in model.state_dict().items()}, self.groups, goal)
 
     def _needs(self, peaks: Mapping[str, int], goal: Mask) -> list[Values]:
-        """Return what every stage needs at its heaviest; of several models one at a time is evaluated."""
+        """Return what every stage needs at its heaviest, in the order in which the stages begin.
+
+        Of several models one at a time is evaluated; training takes a step before anything is scored.
+        """
         copied = self.copied if device_of(self.settings).type == "cpu" else 0  # at the end, while adapters are merged
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": (MOMENTS + POINT) * self.adapters}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest = max([1.0, *self._other_sizes()])
         return [
             {"stage": "evaluate before", "weights": round(largest * self.weights), **alone},
-            {"stage": "score", **trained, "activations": peaks["score"]},
             {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + copied)},
+            {"stage": "score", **trained, "activations": peaks["score"]},
             {"stage": "export", **trained, "activations": peaks["export"]},
             {"stage": "evaluate after", "weights": round((1 - goal.sparsity(self.groups)) * self.weights), **alone},
         ]
@@ -162,8 +165,8 @@ class Trial:
         look = self._over(costs["look"], self._looked_at())
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "score": self.settings.prune_rounds * self.score_seconds,
             "train": self.load_seconds + costs["train"].seconds(self._tokens_by_step()) + self._looks * look,
+            "score": self.settings.prune_rounds * self.score_seconds,
             "export": export_seconds,
             "evaluate after": evaluate,
         }
