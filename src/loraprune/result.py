@@ -140,7 +140,8 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
     enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
     arrived = target is None or target.holds(values["forget"]["after"]["performance"])
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
-    held_back = any(decision["breaks"].get(name) for name in ("floor", "guard", "ceiling"))
+    hard = ("floor", "guard", "ceiling")
+    held_back = decision["ended_by"] in hard or any(decision["breaks"].get(name) for name in hard)
     if not all(one["held"] for one in held):
         return "floor_reached"
     if enough and arrived:
