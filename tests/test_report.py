@@ -422,10 +422,13 @@ def test_front_matter_names_the_base_only_when_others_can_get_it(tmp_path: Path)
 
 def test_the_card_has_results_and_changed_settings_but_no_folder(metrics: dict[str, Any]) -> None:
     values = {"model": f"{HOME}/base", "forget": f"{HOME}/forget.jsonl", "output": HOME, "lora_rank": 16, "seed": 0}
+    values |= {"guard": f"{HOME}/guard.txt", "original": f"{HOME}/first", "floor_rows": f"{HOME}/floor.jsonl"}
+    values |= {"already_forgotten": [f"{HOME}/one.jsonl", f"{HOME}/two.jsonl"]}
     card = model_card(values | {"columns": {"prompt": "question"}, "template": "Q: {prompt} | A:\n"}, metrics)
     for row in result_rows(metrics):
         assert f"| {row.name} | {row.before} | {row.after} |" in card
     assert "| lora_rank | `16` |" in card and "| seed" not in card and "jane" not in card
+    assert "| already_forgotten | `one.jsonl, two.jsonl` |" in card and "| guard | `guard.txt` |" in card
     assert "| columns | `prompt=question` |" in card and r"| template | `Q: {prompt} \| A:\n` |" in card
     assert outcome_text(metrics) in card and all(one in card for one in limits(metrics))
 
