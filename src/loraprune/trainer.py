@@ -341,10 +341,8 @@ class LoRAPruneTrainer(Trainer):
         """
         looked, now, untouched = self._look(), self._point(), self._untouched()
         ends = [now, self.good, untouched] if self._better(looked) else [self.good, untouched]
-        found, broken = (
-            looked,
-            self.steering.limits.broken(looked) or ("band",),
-        )  # not broken, and yet further from the band
+        found = looked
+        broken = self.steering.limits.broken(looked) or ("band",)  # where none is, it is further from the band
         for self.good in ends:
             self._go_to(self.good)
             with merged(self.adapted):
