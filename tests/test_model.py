@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model, save_checkpoint
+from conftest import FAMILY_CONFIGS, adapted, make_model, save_checkpoint
 
 from loraprune.errors import UserError
 from loraprune.model import (
@@ -13,6 +13,7 @@ from loraprune.model import (
     checkpoint_bytes,
     load_model,
     load_tokenizer,
+    merged,
     pad_token_id,
     parameter_count,
     weight_files,
@@ -167,3 +168,17 @@ def test_sizes_are_counted_from_the_files_and_the_parameters(checkpoint, tmp_pat
     assert checkpoint_bytes("some/hub-name") is None
     model = make_model(FAMILY_CONFIGS["tied"]())
     assert parameter_count(model) == sum({one.data_ptr(): one.numel() for one in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_those_that_are_written_and_the_old_ones_come_back_bit_for_bit(dtype):
+    model = adapted(make_model(FAMILY_CONFIGS["llama_gqa"](), dtype=dtype))
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    tokens = torch.arange(3, 12)[None]
+    apart = model(input_ids=tokens).logits
+    with merged(model):
+        inside = model(input_ids=tokens).logits
+    assert all(torch.equal(one, before[name]) for name, one in model.named_parameters())
+    assert torch.equal(model(input_ids=tokens).logits, apart)
+    written = model.merge_and_unload()(input_ids=tokens).logits
+    assert torch.equal(inside, written)

@@ -430,3 +430,37 @@ def test_the_floor_counts_the_floor_rows_and_no_taught_one(tmp_path, tokenizer):
     before = trainer.evaluate_forget_retain()["retain"]
     trainer.sets.taught.clear()
     assert trainer.evaluate_forget_retain()["retain"] == before
+
+
+def with_already(tmp_path, tokenizer, rest, high, **changes):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.9), already=(rest, high), **changes)
+    return trainer, next(iter(trainer.get_train_dataloader()))
+
+
+def test_what_was_forgotten_before_is_pushed_down_only_above_where_it_rests(tmp_path, tokenizer):
+    trainer, batch = with_already(tmp_path, tokenizer, 0.5, 0.6)
+    assert set(batch) == {"retain", "forget", "already_forgotten"}
+    retain, _, _ = plain_losses(trainer, batch)
+    assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(retain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("forgetting", [True, False])
+def test_it_is_pushed_down_at_full_weight_at_its_ceiling_also_during_recovery(tmp_path, tokenizer, forgetting):
+    trainer, batch = with_already(tmp_path, tokenizer, 0.0, 1e-9, forget_retain_ratio=0.25)
+    trainer.run_state.forgetting = forgetting
+    one = batch["already_forgotten"]
+    with torch.no_grad():
+        logits = trainer.adapted(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).logits
+        values, counted = answer_log_probabilities(logits, one["labels"])
+    pushed = forget_loss("npo", row_sums(values, counted), counted.sum(1), untouched_rows(one), 0.1)
+    expected = plain_losses(trainer, batch)[0] + 0.25 * pushed
+    assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_step_that_was_undone_halves_the_push(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0))
+    batch = next(iter(trainer.get_train_dataloader()))
+    retain = plain_losses(trainer, batch)[0].item()
+    whole = trainer.compute_loss(trainer.adapted, batch).item() - retain
+    trainer.run_state.forget_weight = 0.5
+    assert trainer.compute_loss(trainer.adapted, batch).item() - retain == pytest.approx(whole / 2, rel=1e-4)

@@ -215,7 +215,7 @@ class RunFolder:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def drop_events_after(self, step: int) -> None:
-        """Forget events of steps that a resumed run takes again; -1: of all, the look before the first step included."""
+        """Forget events of steps that a resumed run takes again; -1: of all, the very first look included."""
         kept = [one for one in self.events() if one.get("step", 0) <= step]
         write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 

@@ -139,7 +139,7 @@ def _retention_rows(metrics: Values) -> list[ResultRow]:
         if value is not None:
             rows.append(ResultRow(f"retention, {name} rows", after=number_text(value), target=bound))
         if interval := intervals.get(name):
-            rows.append(ResultRow("  its 95 % interval", after=" .. ".join(apart(*interval))))
+            rows.append(ResultRow("  95 % interval", after=" .. ".join(apart(*interval))))
     return rows
 
 

@@ -134,20 +134,22 @@ def _forget_metrics(before: Values, after: Values, target: Target, kept: float, 
 def _outcome(values: Values, settings: Settings, target: Target | None, decision: Values) -> Outcome:
     """Return what ended the run: the goal, or what stood in its way.
 
-    A run that missed its target and that a limit held back, be it once, ended at the floor: with less to keep it would
-    have gone further.
+    A run that missed its goal and that a limit held back, be it once, ended at the floor: with less to keep it would
+    have gone further. Only where P(forget) arrived and no candidate was left, it is those that were missing.
     """
     enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
     arrived = target is None or target.holds(values["forget"]["after"]["performance"])
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
-    held_back = any(decision["breaks"].get(name) for name in ("floor", "guard", "ceiling"))
+    hard = ("floor", "guard", "ceiling")
+    held_back = decision["ended_by"] in hard or any(decision["breaks"].get(name) for name in hard)
     if not all(one["held"] for one in held):
         return "floor_reached"
     if enough and arrived:
         return "budget_spent" if target is None else "target_reached"
-    if decision["ended_by"] in ("floor", "guard", "ceiling") or (held_back and not arrived):
+    none_left = decision["ended_by"] == "no_candidates"
+    if held_back and not (arrived and none_left):
         return "floor_reached"
-    return "no_candidates" if not enough or decision["ended_by"] == "no_candidates" else "budget_spent"
+    return "no_candidates" if none_left or not enough else "budget_spent"
 
 
 def _seconds(folder: RunFolder) -> Values:

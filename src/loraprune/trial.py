@@ -45,6 +45,8 @@ Values = dict[str, Any]
 TRIAL_ROWS = 8  # of a pass whose size is not known yet
 NOT_LOOKED_AT = ("taught", "final", "holdout", "bystander")  # while the run trains
 LOOKS = 2  # at the model in one pruning step that is accepted at once
+LOOKS_AT_THE_ENDS = 3  # before the first step, after the last, and with the adapters merged
+POINTS = 2  # in memory at once: the one to roll back to, and the model as it is while it is saved
 
 
 class Trial:
@@ -140,7 +142,8 @@ class Trial:
         Of several models one at a time is evaluated; training takes a step before anything is scored.
         """
         copied = self.copied if device_of(self.settings).type == "cpu" else 0  # at the end, while adapters are merged
-        trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": (MOMENTS + POINT) * self.adapters}
+        optimizer = (MOMENTS + POINTS * POINT) * self.adapters
+        trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": optimizer}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest = max([1.0, *self._other_sizes()])
         return [
@@ -193,7 +196,7 @@ class Trial:
     @property
     def _looks(self) -> int:
         one = self.settings
-        return LOOKS * one.prune_rounds + one.finish_steps // one.evaluate_every + 1
+        return LOOKS * one.prune_rounds + one.finish_steps // one.evaluate_every + LOOKS_AT_THE_ENDS
 
 
 def _refuse_broken(name: str, score: Sensitivity) -> None:

@@ -18,7 +18,7 @@ TARGET_SOURCES = {
     "tenth": "a tenth of P(forget) of the untouched model",
 }
 ENDINGS = {
-    "budget": "everything that was asked to go is gone",
+    "budget": "all pruning steps were taken",
     "no_candidates": "no group was left that may go",
     "target": "P(forget) had come down to the band",
     "floor": "the next step would have broken the floor",

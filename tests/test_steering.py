@@ -1,0 +1,96 @@
+"""Where a run is to arrive and what it may not break follow from what was measured before, in a fixed order."""
+
+import pytest
+
+from loraprune.records import Look
+from loraprune.settings import Settings
+from loraprune.steering import Limits, Probe, Probes, Steering, find_ceilings, find_limits, find_target
+
+
+def measured(performance):
+    return {"performance": performance}
+
+
+BEFORE = {
+    "forget": measured(0.9),
+    "holdout": measured(0.2),
+    "reference": {"forget": measured(0.4), "already_forgotten_1": measured(0.08)},
+    "already_forgotten_1": measured(0.1),
+}
+
+
+def unlearning(**values):
+    return Settings(model="m", forget="f", retain="r", output="o", **values)
+
+
+def before_without(*names):
+    return {name: one for name, one in BEFORE.items() if name not in names}
+
+
+def test_the_reference_sets_the_target_then_the_holdout_then_the_user_then_a_tenth():
+    settings = unlearning(forget_target=0.3)
+    assert find_target(settings, BEFORE).source == "reference"
+    assert find_target(settings, BEFORE).performance == 0.4
+    held = find_target(settings, before_without("reference"))
+    assert (held.source, held.performance) == ("holdout", 0.2)
+    asked = find_target(settings, before_without("reference", "holdout"))
+    assert (asked.source, asked.performance) == ("forget_target", 0.3)
+    tenth = find_target(unlearning(), before_without("reference", "holdout"))
+    assert (tenth.source, tenth.performance) == ("tenth", pytest.approx(0.09))
+    assert find_target(Settings(model="m", data="d", sparsity=0.1, output="o"), BEFORE) is None
+
+
+def test_the_band_is_a_quarter_of_the_target_at_least_three_hundredths_or_as_set():
+    target = find_target(unlearning(), BEFORE)
+    assert (target.low, target.high) == pytest.approx((0.3, 0.5))
+    low = find_target(unlearning(forget_target=0.02), before_without("reference", "holdout"))
+    assert (low.low, low.high) == pytest.approx((-0.01, 0.05))
+    wide = find_target(unlearning(band=0.15), BEFORE)
+    assert (wide.low, wide.high) == pytest.approx((0.25, 0.55))
+
+
+def test_an_earlier_set_has_its_ceiling_a_band_above_the_reference_else_above_where_it_is():
+    [one] = find_ceilings(unlearning(), BEFORE, ["already_forgotten_1"])
+    assert (one.rest, one.high) == pytest.approx((0.08, 0.11))
+    [alone] = find_ceilings(unlearning(), before_without("reference"), ["already_forgotten_1"])
+    assert (alone.rest, alone.high) == pytest.approx((0.1, 0.13))
+    high = {**BEFORE, "already_forgotten_1": measured(0.5)}
+    assert find_ceilings(unlearning(), high, ["already_forgotten_1"])[0].high == 0.5
+
+
+def test_the_band_can_be_overshot_only_by_what_starts_above_it():
+    settings = unlearning(min_retain_performance=0.8)
+    target = find_target(settings, BEFORE)
+    assert find_limits(settings, BEFORE, target, ()) == Limits(0.8, None, (), target.low)
+    below = {**BEFORE, "forget": measured(0.1)}
+    assert find_limits(settings, below, target, ()).min_forget is None
+    near_nothing = find_target(unlearning(forget_target=0.01), before_without("reference", "holdout"))
+    assert find_limits(settings, BEFORE, near_nothing, ()).min_forget is None
+    guarded = unlearning(guard="g", max_guard_loss_ratio=1.3)
+    assert find_limits(guarded, BEFORE, None, ()).max_guard_loss_ratio == 1.3
+
+
+def look(**values):
+    return Look.from_values({"sparsity": 0.1, "retention": 0.95, "groups": {}, "forget": 0.4, **values})
+
+
+def test_a_model_below_the_band_may_be_written_but_is_further_away():
+    target = find_target(unlearning(), BEFORE)
+    probes = Probes(Probe((), ()), (), 0, 8)
+    steering = Steering(probes, Limits(0.9, min_forget=target.low), target)
+    assert steering.acceptable(look()) and steering.distance(look()) == 0.0
+    assert steering.acceptable(look(forget=0.2)) and steering.distance(look(forget=0.2)) == pytest.approx(0.1)
+    assert steering.distance(look(forget=0.7)) == pytest.approx(0.2)
+    assert not steering.acceptable(look(retention=0.89))
+
+
+def test_a_look_comes_back_from_its_values():
+    one = look(
+        retention_interval=(0.9, 0.99),
+        forget_interval=(0.3, 0.5),
+        guard_loss_ratio=1.02,
+        already_forgotten=(0.1, 0.2),
+        groups={"kv_group": (2, 2), "ffn_channel": (7, 7)},
+    )
+    assert Look.from_values(one.as_values()) == one
+    assert "guard_loss_ratio" not in look().as_values()
