@@ -298,3 +298,15 @@ def test_a_number_that_is_not_one_breaks_its_limit(number):
     assert BANDED.broken(Look.from_values(values)) == ()
     values[number] = (0.1, float("nan")) if number == "already_forgotten" else float("nan")
     assert len(BANDED.broken(Look.from_values(values))) == 1
+
+
+def test_a_target_that_the_repair_or_the_roll_back_lost_again_does_not_end_the_pruning(model_and_mask):
+    model, live = model_and_mask
+    goal = {"forget_performance": 0.1, "forget_goal": 0.15}
+    retentions, forgets = iter([0.5, 1.0]), iter([0.1, 0.3])
+    lost = {"forget": lambda: next(forgets)}
+    decision, _ = step(model, live, retention=lambda: next(retentions), numbers=lost, repair=lambda: 1, **goal)
+    assert (decision.removals, decision.ended_by, decision.look.forget) == ((), "budget", 0.3)
+    retentions, forgets = iter([1.0, 0.5]), iter([0.9, 0.1])  # as it came in, and as training left it
+    decision, _ = step(model, live, retention=lambda: next(retentions), numbers=lost, **goal)
+    assert (decision.removals, decision.ended_by, decision.look.forget) == ((), "budget", 0.9)

@@ -189,9 +189,19 @@ def test_the_evaluation_table_has_a_line_a_set() -> None:
 
 def test_the_outcome_is_said_with_its_numbers() -> None:
     assert outcome_text(unlearning()) == "target_reached: P(forget) 0.47 is inside 0.33 .. 0.56"
-    assert outcome_text(without_optional_sets()) == (
+    assert outcome_text(without_optional_sets() | {"ended_by": "floor"}) == (
         "floor_reached: a further step would break the floor 0.90; retention on the floor rows is 0.96; "
         "P(forget) 0.47 is above 0.00 .. 0.13"
+    )
+    late = without_optional_sets() | {"ended_by": "budget", "breaks": {"floor": 2}}
+    assert outcome_text(late) == (
+        "floor_reached: retention on the floor rows is 0.96; retention fell below the floor 2 times; "
+        "P(forget) 0.47 is above 0.00 .. 0.13"
+    )
+    unsteered = without_optional_sets() | {"retention": 0.8512}
+    unsteered["floor"] = {**unsteered["floor"], "final_held": False}
+    assert outcome_text(unsteered).startswith(
+        "floor_reached: retention on the final rows, which steered nothing, is 0.85, below the floor 0.90"
     )
     guarded = without_optional_sets() | {"breaks": {"guard": 2, "band": 1}}
     assert outcome_text(guarded) == (

@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 from conftest import ROWS_PER_PERSON, world_values, write_rows
+from safetensors.torch import load_file, save_file
 
 from loraprune.errors import UserError
 from loraprune.model import weights_hash
 from loraprune.pipeline import run
+from loraprune.plan import make_plan
 from loraprune.settings import Settings
 
 FLOOR = 0.85
@@ -117,3 +120,33 @@ def test_with_other_floor_rows_the_original_has_to_be_named_to_be_held_against(r
     assert original > before
     after = json.loads((tmp_path / "b" / "after.json").read_text())["floor"]["performance"]
     assert report.metrics["floor"]["retention"] == pytest.approx(after / original)
+
+
+SHORT = {"prune_rounds": 1, "prune_every": 2, "warmup_steps": 2, "finish_steps": 2, "sparsity": 0.01}
+
+
+def test_a_ledger_of_other_weights_is_left_aside_and_that_is_said(requests, small_world, tmp_path, capsys):
+    model = tmp_path / "tuned"
+    shutil.copytree(requests[0].folder / "model", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1e-6
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    report = run(Settings(**world_values(small_world, tmp_path / "out", model=str(model), **SHORT)))
+    assert "of other weights and was left aside" in " ".join(capsys.readouterr().out.split())
+    assert [one["request_id"] for one in ledger(report)] == ["request-1"]
+
+
+def test_what_the_ledger_knows_of_the_rows_in_another_form_is_not_used(requests, small_world, tmp_path):
+    own = {"model": str(requests[0].folder / "model"), "template": "Q {prompt} A ", "min_retain_performance": 0.0}
+    report = run(Settings(**world_values(small_world, tmp_path / "out", **own, **SHORT)))
+    assert report.metrics["floor"]["against"] == "given model"
+
+
+def test_the_plan_refuses_a_model_that_lost_too_much_in_the_runs_own_words(requests, small_world, tmp_path):
+    own = {"model": str(requests[2].folder / "model"), "min_retain_performance": 0.999}
+    said = []
+    for start in (run, make_plan):
+        with pytest.raises(UserError) as caught:
+            start(Settings(**world_values(small_world, tmp_path / "out", **own)))
+        said.append(str(caught.value))
+    assert said[0] == said[1]

@@ -174,7 +174,7 @@ def test_a_finished_run_is_said_with_its_limits_its_last_look_and_its_end() -> N
         "removed": "15.0 % of the parameters",
         "P(forget)": "0.500, 95 % interval 0.480 .. 0.520, inside the band",
         "retention": "0.970, 95 % interval 0.950 .. 0.990",
-        "guard loss": "1.030 times that of the untouched model",
+        "guard loss": "1.030 times that of the original model",
         "kv_groups": "8 kept, 4 in each of 2 layers",
         "ffn_channels": "76 kept, by layer 40 36",
         "accepted": "2",
@@ -211,7 +211,7 @@ def test_a_run_that_has_only_begun_is_shown_without_a_plot() -> None:
 def test_numbers_that_are_not_finite_are_said_and_not_drawn() -> None:
     broken = [*unlearning()[:6], event("evaluate", 12, 0.1, "nan", "inf", guard_loss_ratio="inf")]
     rows = rows_of(text_of(broken))
-    assert (rows["retention"], rows["guard loss"]) == ("nan", "inf times that of the untouched model")
+    assert (rows["retention"], rows["guard loss"]) == ("nan", "inf times that of the original model")
     assert rows["P(forget)"] == "inf, above the band"
     assert status_plot(status_of(broken, 0.0)) == status_plot(status_of(broken[:6], 0.0))
 

@@ -279,6 +279,8 @@ def test_metrics_have_the_keys_of_schema_1(finished):
         metrics["unlearning_efficiency"]
     )
     assert set(metrics["seconds"]) == {"score", "train", "evaluate", "total"}
+    stages = [one["name"] for one in events(finished[0]) if one["event"] == "stage"]
+    assert stages == ["evaluate", "evaluate", "train", "evaluate"]  # the model, the original, and what was written
     for part in ("before", "after"):
         assert {"performance", "loss", "exact_match", "fact_performance"} <= set(metrics["forget"][part])
     assert metrics["floor"]["min_retain_performance"] == 1.0

@@ -66,8 +66,7 @@ def save_state(folder: Path, run_state: RunState, now: Point, good: Point) -> No
     """Write everything that a run needs to go on from here, whole or not at all."""
     with whole_folder(folder) as part:
         for name, point in {GOOD: good, NOW: now}.items():
-            if name == GOOD or now is not good:
-                _write_point(part / name, point)
+            _write_point(part / name, point)
         save_file(_average_tensors(run_state.sensitivities), part / "averages.safetensors")
         save_file(_random_states(), part / "random.safetensors")
         write_json(part / "state.json", _run_values(run_state))
@@ -88,8 +87,7 @@ def load_state(folder: Path) -> SavedRun | None:
     values["sensitivities"] = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))
     values["removals"] = removals_from(values["removals"])
     values["good_look"] = Look.from_values(values["good_look"]) if values["good_look"] else None
-    good = _read_point(folder / GOOD)
-    now = _read_point(folder / NOW) if (folder / NOW).exists() else good
+    now, good = _read_point(folder / NOW), _read_point(folder / GOOD)
     return SavedRun(RunState(**values), now, good, load_file(folder / "random.safetensors"))
 
 

@@ -46,6 +46,14 @@ def data_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def examples_hash(examples: Iterable["Example"]) -> str:
+    """Return the SHA-256 of what a model is shown of a set: its tokens and labels, template and length included."""
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(json.dumps([one.input_ids, one.labels]).encode() + b"\n")
+    return digest.hexdigest()
+
+
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 

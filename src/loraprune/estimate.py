@@ -1,7 +1,7 @@
 """Estimate: memory and time of every stage of a run, from small passes of the stages' own code on the run's own rows.
 
 Reads    a live model with adapters, its trainer, the tokenised sets
-Gives    Passes: the kinds of pass; Pass, Cost; StageMemory, stage_memory; StageTime, stage_times
+Gives    Passes: the kinds of pass; Pass, Cost; StageMemory, stage_memory
 Source   -
 Symbols  a pass = evaluation without gradients, scoring, or one training step; the heaviest is that with most tokens
 """

@@ -23,6 +23,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from loraprune.errors import UserError
+from loraprune.events import read_events
 from loraprune.settings import Settings, as_values, flag, settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
@@ -142,7 +143,7 @@ class RunFolder:
             yield
             return
         made = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=PATIENCE)
@@ -158,6 +159,16 @@ class RunFolder:
             lock.release()
             if made and not any(self.path.iterdir()):
                 self.path.rmdir()
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the folder {self.path} cannot be made: {error.strerror}.",
+                "a run writes its state, its evidence and the model there.",
+                "choose another --output.",
+            ) from None
 
     def _sign(self, say: Callable[[str], Any]) -> None:
         """Leave this process's name, having said whose name was left by a kill."""
@@ -210,13 +221,11 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """Return every event so far; a last line that a kill cut short is left out."""
-        path = self.path / "events.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return read_events(self.path / "events.jsonl")
 
     def drop_events_after(self, step: int) -> None:
         """Forget events of steps that a resumed run takes again; -1: of all, the very first look included."""
-        kept = [one for one in self.events() if one.get("step", 0) <= step]
+        kept = [one for one in self.events() if one.get("step", -1) <= step]
         write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
     def event(self, kind: str, **values: Any) -> None:

@@ -24,12 +24,13 @@ class Ledger:
     """The requests so far, oldest first, and what the model before them knew of each set; empty for a first one."""
 
     entries: tuple[Values, ...] = ()
-    original: Mapping[str, Values] | None = None  # by set: data_sha256, performance, loss, row_performance
+    original: Mapping[str, Values] | None = None  # by set: examples_sha256, performance, loss, row_performance
+    of_other_weights: bool = False  # whether one lies beside the model that is not of it and was left aside
 
-    def known(self, name: str, data_sha256: str) -> Values | None:
-        """Return the original model's numbers on a set, None where the ledger knows other rows under that name."""
+    def known(self, name: str, examples_sha256: str) -> Values | None:
+        """Return the original model's numbers on a set, None where the ledger knows other rows, or in another form."""
         numbers = (self.original or {}).get(name)
-        return numbers if numbers is not None and numbers["data_sha256"] == data_sha256 else None
+        return numbers if numbers is not None and numbers["examples_sha256"] == examples_sha256 else None
 
     def next_id(self, asked: str | None) -> str:
         """Return the request's id: as asked, or its number; raise UserError for one that is taken."""
@@ -42,19 +43,16 @@ class Ledger:
             )
         return asked or f"request-{len(taken) + 1}"
 
-    def with_entry(self, entry: Values) -> "Ledger":
-        return Ledger((*self.entries, entry), self.original)
-
 
 def read_ledger(model: str, weights_sha256: str | None) -> Ledger:
     """Return the ledger of a model's folder; an empty one where there is none, or where it is of other weights."""
     folder = Path(model)
     found = [one / FILE for one in (folder, folder.parent) if folder.is_dir() and (one / FILE).exists()]
-    for path in found:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("ledger") and values["weights_sha256"]["after"] == weights_sha256:
+    ledgers = [values for path in found if (values := json.loads(path.read_text(encoding="utf-8"))).get("ledger")]
+    for values in ledgers:
+        if values["weights_sha256"]["after"] == weights_sha256:
             return Ledger(tuple(values["ledger"]), values["original"])
-    return Ledger()
+    return Ledger(of_other_weights=bool(ledgers))
 
 
 def removed_by_layer(removals: Sequence[Removal], depth: int) -> dict[str, list[list[int]]]:

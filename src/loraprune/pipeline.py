@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from loraprune.balance import TrainingSets
 from loraprune.checkpoint import RunState
-from loraprune.data import Example, data_hash
+from loraprune.data import Example, data_hash, examples_hash
 from loraprune.errors import UserError
 from loraprune.evaluate import Measured, measure
 from loraprune.examples import show_examples
@@ -48,7 +49,8 @@ from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
 from loraprune.rules import Rules, smallest_step
 from loraprune.settings import Settings, as_values
 from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
-from loraprune.trainer import LoRAPruneTrainer, TrainingSets
+from loraprune.trainer import LoRAPruneTrainer
+from loraprune.words import counted
 
 Values = dict[str, Any]
 LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language ability
@@ -86,9 +88,9 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     ledger = read_ledger(settings.model, hashes["weights_sha256"])
     ledger.next_id(settings.request_id)
     before = folder.stored("before.json", lambda: _evaluate_before(folder, settings, inputs))
-    original = folder.stored("original.json", lambda: _find_original(folder, settings, inputs, ledger, before))
+    original = folder.stored("original.json", lambda: _evaluate_original(folder, settings, inputs, ledger, before))
     steering = _steering(settings, inputs, before, original)
-    _refuse_lost_floor(settings, steering, before, original)
+    refuse_lost_floor(settings, before, original)
     _say_target(steering.target, settings, before, console)
     _say_steering(steering, original, ledger, console)
     _say_overlap(inputs, console)
@@ -103,8 +105,12 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
     data = {name: data_hash(rows) for name, rows in inputs.rows.items()}
-    values: Values = {"data_sha256": data, "weights_sha256": weights_hash(settings.model)}
-    return values | ({"original_sha256": weights_hash(settings.original)} if settings.original else {})
+    others = {name: getattr(settings, name) for name in ("reference", "original")}
+    return {
+        "data_sha256": data,
+        "weights_sha256": weights_hash(settings.model),
+        "others_sha256": {name: weights_hash(one) for name, one in others.items() if one},
+    }
 
 
 def refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs) -> None:
@@ -113,6 +119,8 @@ def refuse_changed_inputs(folder: RunFolder, settings: Settings, inputs: Inputs)
         return
     now = _hashes(settings, inputs)
     changed = [name for name, one in now["data_sha256"].items() if begun["data_sha256"].get(name) != one]
+    others = now["others_sha256"]
+    changed += [name for name in others if begun["others_sha256"].get(name) != others[name]]
     changed += ["model"] if begun["weights_sha256"] != now["weights_sha256"] else []
     if changed:
         raise UserError(
@@ -148,7 +156,7 @@ def _evaluate_before(folder: RunFolder, settings: Settings, inputs: Inputs) -> V
 
 def _measure_given(settings: Settings, inputs: Inputs) -> tuple[Values, int]:
     model = load_model(settings.model, settings)
-    return _measure_sets(model, settings, inputs, "before"), parameter_count(model)
+    return measure_sets(model, settings, inputs, list(inputs.examples), "evaluate before"), parameter_count(model)
 
 
 def _reference_tokenizer(settings: Settings) -> Any:
@@ -161,12 +169,15 @@ def _measured(
     return measure(model, examples, batch_size=settings.evaluate_batch_size, pad_token_id=pad, advance=advance)
 
 
-def _measure_sets(model: torch.nn.Module, settings: Settings, inputs: Inputs, when: str) -> Values:
-    """Return every set's numbers, and under "rows" P of each withheld row, for the interval of retention."""
+def measure_sets(
+    model: torch.nn.Module, settings: Settings, inputs: Inputs, names: Sequence[str], title: str
+) -> Values:
+    """Return the named sets' numbers, and under "rows" P of each withheld row, for the interval of retention."""
     values: Values = {"rows": {}}
     pad, facts = pad_token_id(inputs.tokenizer), inputs.facts
-    with stage(f"evaluate {when}", sum(map(len, inputs.examples.values()))) as advance:
-        for name, examples in inputs.examples.items():
+    with stage(title, sum(len(inputs.examples[name]) for name in names)) as advance:
+        for name in names:
+            examples = inputs.examples[name]
             numbers = _measured(model, examples, settings, pad, advance)
             values[name] = numbers.as_values(facts[name])
             if name in WITHHELD:
@@ -175,31 +186,33 @@ def _measure_sets(model: torch.nn.Module, settings: Settings, inputs: Inputs, wh
     return values
 
 
-def _find_original(
-    folder: RunFolder, settings: Settings, inputs: Inputs, ledger: Ledger, before: Mapping[str, Any]
-) -> Values:
-    """Return what the original model knew of what is to be kept, by set, and whether it was measured or recorded.
-
-    It is measured where --original names it, else read from the ledger where that knows the very rows, else taken to be
-    the given model.
-    """
-    hashes = folder.read("inputs.json")["data_sha256"]
+def _evaluate_original(folder: RunFolder, settings: Settings, inputs: Inputs, ledger: Ledger, before: Values) -> Values:
     names = [name for name in (*KEPT, "guard") if name in inputs.examples]
-    measured = _measure_original(folder, settings, inputs, names) if settings.original else None
+    with _timed(folder, "evaluate"):
+        return find_original(settings, inputs, ledger, before, names)
+
+
+def find_original(settings: Settings, inputs: Inputs, ledger: Ledger, before: Values, names: Sequence[str]) -> Values:
+    """Return what the original model knew of the named sets, and whether it was measured or recorded.
+
+    It is measured where --original names it, else read from the ledger where that knows the very rows in the same form,
+    else taken to be the given model.
+    """
+    measured = _measure_original(settings, inputs, names) if settings.original else None
     values: Values = {"sets": {}, "source": {}}
     for name in names:
-        recorded = ledger.known(name, hashes[name])
+        examples = examples_hash(inputs.examples[name])
+        recorded = ledger.known(name, examples)
         source = "measured" if measured else "ledger" if recorded else "given model"
         numbers = measured[name] if measured else recorded or _kept_numbers(before[name], before["rows"].get(name))
-        values["sets"][name] = {**numbers, "data_sha256": hashes[name]}
+        values["sets"][name] = {**numbers, "examples_sha256": examples}
         values["source"][name] = source
     return values
 
 
-def _measure_original(folder: RunFolder, settings: Settings, inputs: Inputs, names: Sequence[str]) -> Values:
-    with _timed(folder, "evaluate"):
-        model, pad = load_model(settings.original or "", settings), pad_token_id(inputs.tokenizer)
-        measured = {name: _measured(model, inputs.examples[name], settings, pad) for name in names}
+def _measure_original(settings: Settings, inputs: Inputs, names: Sequence[str]) -> Values:
+    model, pad = load_model(settings.original or "", settings), pad_token_id(inputs.tokenizer)
+    measured = {name: _measured(model, inputs.examples[name], settings, pad) for name in names}
     return {
         name: _kept_numbers(one.as_values(inputs.facts[name]), list(one.row_performance) if name in WITHHELD else None)
         for name, one in measured.items()
@@ -229,7 +242,7 @@ def _steering(settings: Settings, inputs: Inputs, before: Values, original: Valu
     return Steering(probes, limits, target, ceilings, before["forget"]["performance"] if target else None)
 
 
-def _refuse_lost_floor(settings: Settings, steering: Steering, before: Values, original: Values) -> None:
+def refuse_lost_floor(settings: Settings, before: Values, original: Values) -> None:
     """Raise UserError where the given model itself breaks what the run must keep, or where that cannot be measured."""
     known = original["sets"]["floor"]["performance"]
     if not known > 0:
@@ -288,10 +301,15 @@ def _say_steering(steering: Steering, original: Values, ledger: Ledger, console:
     """Say against which model the floor holds, and how surely a set of this size can tell."""
     facts = len(set(steering.probes.floor.facts))
     if steering.limits.min_retain_performance:
-        rows = f"{len(steering.probes.floor.examples)} rows of {facts} fact{'s' if facts != 1 else ''}"
+        rows = f"{counted(len(steering.probes.floor.examples), 'row')} of {counted(facts, 'fact')}"
         least = f"retention >= {steering.limits.min_retain_performance:g} on {rows}"
         lone = "; one fact alone has no sampling error: add rows to --retain" if facts < 2 else ""
         console.print(f"floor: {least}{lone}")
+    if ledger.of_other_weights:
+        console.print(
+            "the ledger that lies beside the model is of other weights and was left aside: this counts as a first "
+            "request, and the floor holds against the given model; --original names another"
+        )
     if ledger.entries and original["source"]["floor"] == "given model":
         console.print(
             "the floor holds against the given model, not against the one before the first request: the ledger knows "
@@ -391,7 +409,7 @@ def _evaluate_after(folder: RunFolder, settings: Settings, inputs: Inputs) -> Va
     """Measure the written checkpoint, loaded as anyone would load it."""
     with _timed(folder, "evaluate"):
         model = load_model(str(folder.path / "model"), settings)
-        return _measure_sets(model, settings, inputs, "after") | {
+        return measure_sets(model, settings, inputs, list(inputs.examples), "evaluate after") | {
             "parameters": parameter_count(model),
             "class": type(model).__name__,
         }
@@ -433,7 +451,7 @@ def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, origina
         "seed": settings.seed,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
-        "weights_sha256": weights,
+        "weights_sha256": {**weights, **hashes["others_sha256"]},
         "data_sha256": hashes["data_sha256"],
         "ledger": [*ledger.entries, entry],
         "original": {**(ledger.original or {}), **first, **found},

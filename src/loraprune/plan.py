@@ -17,10 +17,10 @@ from transformers import PretrainedConfig
 from loraprune.decision import Rules, decide_compression, decide_unlearning
 from loraprune.folder import RunFolder
 from loraprune.inputs import Inputs, prepare, require
-from loraprune.ledger import read_ledger
+from loraprune.ledger import Ledger, read_ledger
 from loraprune.mask import full_mask
 from loraprune.model import device_of, quiet_libraries, weights_hash
-from loraprune.pipeline import refuse_changed_inputs
+from loraprune.pipeline import find_original, measure_sets, refuse_changed_inputs, refuse_lost_floor
 from loraprune.progress import stage
 from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
 from loraprune.sensitivity import SensitivityDict
@@ -42,6 +42,7 @@ def make_plan(settings: Settings) -> Values:
         inputs = check_run(settings)
         with TemporaryDirectory() as scratch, stage("plan", 4) as advance:
             trial = Trial(settings, inputs, Path(scratch))
+            refuse_what_is_lost(trial, settings, inputs)
             advance(1, "model loaded")
             sensitivities = trial.score()
             advance(1, "sample scored")
@@ -68,10 +69,21 @@ def check_run(settings: Settings) -> Inputs:
     if folder is not None:
         folder.check()
     inputs = prepare(settings)
-    read_ledger(settings.model, weights_hash(settings.model)).next_id(settings.request_id)
+    ledger_of(settings).next_id(settings.request_id)
     if folder is not None:
         refuse_changed_inputs(folder, settings, inputs)
     return inputs
+
+
+def ledger_of(settings: Settings) -> Ledger:
+    return read_ledger(settings.model, weights_hash(settings.model))
+
+
+def refuse_what_is_lost(trial: Trial, settings: Settings, inputs: Inputs) -> None:
+    """Raise the run's UserError where the model itself breaks the floor or the guard before anything is done."""
+    names = [name for name in ("floor", "guard") if name in inputs.examples]
+    before = measure_sets(trial.trainer.adapted, settings, inputs, names, "measure")
+    refuse_lost_floor(settings, before, find_original(settings, inputs, ledger_of(settings), before, names))
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------

@@ -124,14 +124,20 @@ def unlearning_prune(
             record("recover", found, step=step, steps=steps, broken=broken)
         if not broken:
             record("accept", found, step=step, removed=removed)
-            return replace(decision, look=found)
+            return _ended(decision, found, forget_goal)
         good = roll_back()
         record("roll_back", good, step=step, broken=broken, tried=found.sparsity)
         if not removed:
-            return replace(decision, look=good)  # training alone broke the limit: there is no step to halve
+            return _ended(decision, good, forget_goal)  # training alone broke the limit: there is no step to halve
         allowance /= 2
         if allowance < smallest:
             return Decision((), broken[0])
+
+
+def _ended(decision: Decision, look: Look, forget_goal: float | None) -> Decision:
+    """Return the decision with the model it left; the target it ended at may be lost by a repair or a roll-back."""
+    lost = decision.ended_by == "target" and forget_goal is not None and (look.forget or 0.0) > forget_goal
+    return replace(decision, look=look, ended_by="budget" if lost else decision.ended_by)
 
 
 def _back_to_now(model: nn.Module, look: Callable[[], Look]) -> Callable[[], Look]:

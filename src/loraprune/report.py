@@ -39,7 +39,10 @@ from loraprune.words import (
     percent,
 )
 
-SOURCES = ("model", "reference", "forget", "retain", "data", "holdout", "bystander", "floor_rows", "final_rows")
+SOURCES = (
+    *("model", "reference", "original", "forget", "retain", "data", "holdout", "bystander", "guard"),
+    *("already_forgotten", "floor_rows", "final_rows"),
+)
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -223,6 +226,8 @@ def changed_settings(values: Values) -> dict[str, str]:
 def _setting_text(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{role}={column}" for role, column in value.items())
+    if name in SOURCES and isinstance(value, tuple):
+        return ", ".join(map(local_name, value))
     return local_name(value) if name in SOURCES else value_text(value)
 
 

@@ -36,6 +36,7 @@ def metrics_of(
     original: Values,
     after: Values,
 ) -> Values:
+    """Return the content of metrics.json, schema 1."""
     decision, sets = folder.read("decision.json"), original["sets"]
     kept = {name: retention(sets[name]["performance"], after[name]["performance"]) for name in KEPT}
     intervals = {
@@ -60,6 +61,7 @@ def metrics_of(
         "scores_left_out": decision["scores_left_out"],
         "steps_left_out": decision["steps_left_out"],
         "breaks": decision["breaks"],
+        "ended_by": decision["ended_by"],
         "forget": None,
         "forget_drop": None,
         "unlearning_efficiency": None,
@@ -70,7 +72,7 @@ def metrics_of(
         "retention": kept["final"],
         "retention_interval": intervals["final"],
         "retention_taught": kept["taught"],
-        "retention_against": original["source"]["floor"],
+        "retention_against": original["source"]["final"],
         "floor": {
             "min_retain_performance": settings.min_retain_performance,
             "held": kept["floor"] >= settings.min_retain_performance,
@@ -78,6 +80,8 @@ def metrics_of(
             "interval": intervals["floor"],
             "rows": after["floor"]["rows"],
             "facts": after["floor"]["facts"],
+            "against": original["source"]["floor"],
+            "final_held": kept["final"] >= settings.min_retain_performance,
         },
         "guard": _guard_metrics(settings, before, original, after),
         "already_forgotten": _earlier_metrics(settings, steering, before, after),
@@ -142,8 +146,8 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
     hard = ("floor", "guard", "ceiling")
     held_back = decision["ended_by"] in hard or any(decision["breaks"].get(name) for name in hard)
-    if not all(one["held"] for one in held):
-        return "floor_reached"
+    if not all(one["held"] for one in held) or not values["floor"]["final_held"]:
+        return "floor_reached"  # the final rows, which steered nothing, have the last word
     if enough and arrived:
         return "budget_spent" if target is None else "target_reached"
     none_left = decision["ended_by"] == "no_candidates"

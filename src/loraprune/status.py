@@ -18,7 +18,17 @@ from loraprune.errors import UserError
 from loraprune.events import Attempt, attempts, has_look, read_events
 from loraprune.records import KINDS
 from loraprune.textplot import BOTH, Bound, Curve, text_plot
-from loraprune.words import ENDINGS, TARGET_SOURCES, Values, band_texts, duration_text, number_text, percent, position
+from loraprune.words import (
+    ENDINGS,
+    TARGET_SOURCES,
+    Values,
+    band_texts,
+    counted,
+    duration_text,
+    number_text,
+    percent,
+    position,
+)
 
 STOOD = ("score", "accept", "roll_back", "evaluate", "stop")  # looks at a state of the run; others were only tried
 WIDTH, NAME_WIDTH, PLOT_WIDTH = 80, 14, 54
@@ -122,7 +132,11 @@ def _limit_rows(begin: Values) -> Iterable[Row]:
     if begin.get("sparsity_goal") is not None:
         yield "goal", f"sparsity {_number(begin['sparsity_goal'])}"
     if floor := begin.get("min_retain_performance"):
-        yield "floor", f"retention >= {_number(floor)} on {begin['floor_rows']} rows of {begin['floor_facts']} facts"
+        rows = f"{counted(begin['floor_rows'], 'row')} of {counted(begin['floor_facts'], 'fact')}"
+        yield (
+            "floor",
+            f"retention >= {_number(floor)} on {rows}",
+        )
     if "max_guard_loss_ratio" in begin:
         yield "guard", f"loss ratio <= {_number(begin['max_guard_loss_ratio'])}"
     if ceilings := begin.get("ceilings"):
@@ -148,7 +162,7 @@ def _look_rows(look: Values, begin: Values) -> Iterable[Row]:
         yield "P(forget)", f"{value}, {position(float(look['forget']), target)} the band" if target else value
     yield "retention", _interval_words(look, "retention")
     if "guard_loss_ratio" in look:
-        yield "guard loss", f"{_number(look['guard_loss_ratio'])} times that of the untouched model"
+        yield "guard loss", f"{_number(look['guard_loss_ratio'])} times that of the original model"
     if already := look.get("already_forgotten"):
         yield "forgotten", f"P {', '.join(map(_number, already))} of earlier requests"
     for kind in KINDS:

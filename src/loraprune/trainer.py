@@ -160,17 +160,21 @@ class LoRAPruneTrainer(Trainer):
 
     def after_step(self) -> bool:
         """Prune or look, as the step asks; return whether the run is over."""
-        state = self.run_state
-        state.step += 1
-        now = monotonic()
-        state.train_seconds, self.clock = state.train_seconds + now - self.clock, now
+        self.run_state.step += 1
+        self._count_seconds()
         self.advance(1, self.note)
         acted = self._act()
         if self._over:
             self._finish()
         if acted or self._over:
+            self._count_seconds()
             save_state(self.state_folder, self.run_state, self._point(), self.good)
         return self._over
+
+    def _count_seconds(self) -> None:
+        now = monotonic()
+        self.run_state.train_seconds += now - self.clock
+        self.clock = now
 
     def _act(self) -> bool:
         """Prune or look where the step asks for it; return whether it did."""
@@ -189,12 +193,12 @@ class LoRAPruneTrainer(Trainer):
         """Leave this step out where a gradient is not finite: one bad batch must not spoil the adapters."""
         gradients = (one.grad for one in self.adapted.parameters() if one.grad is not None)
         if not all(bool(one.isfinite().all()) for one in gradients):
-            self._skip()
+            self._skip(self.run_state.step + 1)
 
-    def _skip(self) -> None:
+    def _skip(self, step: int) -> None:
         self.adapted.zero_grad(set_to_none=True)  # the optimizer passes over weights without a gradient
         self.run_state.skipped += 1
-        self.event("skip", step=self.run_state.step + 1, reason="the gradient was not finite")
+        self.event("skip", step=step, reason="the gradient was not finite")
 
     def _prune(self, turn: int) -> None:
         begun = monotonic()
@@ -284,14 +288,14 @@ class LoRAPruneTrainer(Trainer):
         ]
 
     def _repair(self) -> int:
-        """Take `recovery_steps` optimizer steps on the retain set alone, with the batches of the steps to come."""
+        """Take `recovery_steps` optimizer steps without the forget loss, on the batches of the steps to come."""
         was, self.run_state.forgetting = self.run_state.forgetting, False
         batches = self._paired_from(self.run_state.step, self.settings.recovery_steps)
         for batch in (batches[index] for index in range(len(batches))):
             self.training_step(self.adapted, batch)
             norm = self.accelerator.clip_grad_norm_(self.adapted.parameters(), self.args.max_grad_norm)
             if norm is not None and not isfinite(float(norm)):
-                self._skip()
+                self._skip(self.run_state.step)
             self.stepper.step()
             self.stepper.zero_grad()
         self.run_state.forgetting = was
@@ -337,21 +341,21 @@ class LoRAPruneTrainer(Trainer):
         """
         looked, now, untouched = self._look(), self._point(), self._untouched()
         ends = [now, self.good, untouched] if self._better(looked) else [self.good, untouched]
+        found, broken = (
+            looked,
+            self.steering.limits.broken(looked) or ("band",),
+        )  # not broken, and yet further from the band
         for self.good in ends:
             self._go_to(self.good)
-            if self._acceptable_when_merged():
+            with merged(self.adapted):
+                self.run_state.good_look = found = self._look()
+            if self.steering.acceptable(found):
                 break
-        if self.good is now:
-            self.run_state.good_look = looked
-            return
+            broken = self.steering.limits.broken(found)
         if self.good is untouched:
-            self.run_state.removals, self.run_state.ended_by = [], "floor"
-        tried, self.run_state.good_look = looked.sparsity, self._look()
-        self.record("roll_back", self.run_state.good_look, broken=self.steering.limits.broken(looked), tried=tried)
-
-    def _acceptable_when_merged(self) -> bool:
-        with merged(self.adapted):
-            return self.steering.acceptable(self._look())
+            self.run_state.removals, self.run_state.ended_by = [], broken[0]
+        if self.good is not now:
+            self.record("roll_back", found, broken=broken, tried=looked.sparsity)
 
     def _untouched(self) -> Point:
         """Return the model to start from: nothing masked, adapters that add nothing."""
@@ -387,7 +391,7 @@ class LoRAPruneTrainer(Trainer):
 
     def record(self, kind: str, look: Look, **values: Any) -> None:
         """Write one line of events.jsonl; its numbers also go to `report_to` and, in short, to the progress bar."""
-        if kind in ("propose", "evaluate"):
+        if kind in ("roll_back", "evaluate"):  # a repair that healed a break held nothing back
             for name in values.get("broken", ()):
                 self.run_state.breaks[name] = self.run_state.breaks.get(name, 0) + 1
         self.event(kind, **{"step": self.run_state.step, **look.as_values(), **values})

@@ -42,6 +42,11 @@ def number_text(value: float | int | None) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, as "1 row" or "57 rows"."""
+    return f"{number_text(number)} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(value: float, sign: str = "-") -> str:
     """Return a part of one in per cent; sign "+" also marks what is positive."""
     return f"{100 * value:{sign}.1f} %"
@@ -85,7 +90,7 @@ def outcome_text(metrics: Values) -> str:
         "target_reached": [],
         "budget_spent": [_budget_words(metrics)],
         "no_candidates": [_left_words(metrics)],
-        "floor_reached": [_floor_words(metrics["floor"], breaks), *_broken_words(breaks)],
+        "floor_reached": [_floor_words(metrics), *_broken_words(breaks)],
     }[metrics["outcome"]]
     if metrics.get("target") and metrics.get("forget"):
         reasons = [*reasons, _position_words(metrics["forget"]["after"]["performance"], metrics["target"])]
@@ -121,11 +126,15 @@ def _position_words(performance: float, target: Values) -> str:
     return f"P(forget) {value_words} is {position(performance, target)} {low_words} .. {high_words}"
 
 
-def _floor_words(floor: Values, breaks: Values) -> str:
+def _floor_words(metrics: Values) -> str:
+    floor = metrics["floor"]
     if floor.get("retention") is None:
         return f"the floor of retention is {number_text(floor['min_retain_performance'])}"
     kept, least = apart(floor["retention"], floor["min_retain_performance"])
-    if floor["held"]:
-        further = "" if breaks and "floor" not in breaks else f"a further step would break the floor {least}; "
-        return f"{further}retention on the floor rows is {kept}"
-    return f"retention on the floor rows is {kept}, below the floor {least}"
+    if not floor["held"]:
+        return f"retention on the floor rows is {kept}, below the floor {least}"
+    if not floor.get("final_held", True):
+        final, least = apart(metrics["retention"], floor["min_retain_performance"])
+        return f"retention on the final rows, which steered nothing, is {final}, below the floor {least}"
+    further = f"a further step would break the floor {least}; " if metrics.get("ended_by") == "floor" else ""
+    return f"{further}retention on the floor rows is {kept}"
