@@ -9,7 +9,7 @@ Symbols  P = performance
 import json
 from typing import Any
 
-from results_page import ROOT, markdown_table, write_results
+from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
 
 from loraprune.demo import run_demo
 from loraprune.figure import draw_result
@@ -41,32 +41,11 @@ def promises(metrics: Any) -> dict[str, bool]:
 
 def section(results: dict[int, Any]) -> str:
     """Return the section of the results page."""
-    header = [
-        *("seed", "P(forget) before", "after", "reference", "band", "exact after", "exact reference", "retention"),
-        *("retention taught", "bystanders before", "after", "removed", "outcome", "promises kept"),
-    ]
     rows = []
     for seed, one in results.items():
-        forget, target, kept = one["forget"], one["target"], promises(one)
-        missed = ", ".join(name for name, held in kept.items() if not held)
-        rows.append(
-            [
-                str(seed),
-                f"{forget['before']['performance']:.3f}",
-                f"{forget['after']['performance']:.3f}",
-                f"{forget['reference']['performance']:.3f}",
-                f"{target['low']:.3f} to {target['high']:.3f}",
-                f"{forget['after']['exact_match']:.3f}",
-                f"{forget['reference']['exact_match']:.3f}",
-                f"{one['retention']:.3f}",
-                f"{one['retention_taught']:.3f}",
-                f"{one['bystander']['before']['performance']:.3f}",
-                f"{one['bystander']['after']['performance']:.3f}",
-                f"{one['sparsity']:.1%}",
-                one["outcome"],
-                f"all but {missed}" if missed else "all",
-            ]
-        )
+        missed = ", ".join(name for name, held in promises(one).items() if not held)
+        rows.append([str(seed), *run_cells(one), f"all but {missed}" if missed else "all"])
+    header = ["seed", *RUN_HEADER, "promises kept"]
     held = sum(all(promises(one).values()) for one in results.values())
     return "\n\n".join(
         [

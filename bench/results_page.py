@@ -40,3 +40,30 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+RUN_HEADER = (
+    *("P(forget) before", "after", "reference", "band", "exact after", "exact reference", "retention (95 % interval)"),
+    *("retention, floor rows", "retention taught", "bystanders before", "after", "removed", "outcome"),
+)
+
+
+def run_cells(metrics: Any) -> list[str]:
+    """Return one run of `unlearn` with a reference and bystanders as the cells under RUN_HEADER."""
+    forget, target, bystander = metrics["forget"], metrics["target"], metrics["bystander"]
+    low, high = metrics["retention_interval"]
+    return [
+        f"{forget['before']['performance']:.3f}",
+        f"{forget['after']['performance']:.3f}",
+        f"{forget['reference']['performance']:.3f}",
+        f"{max(0.0, target['low']):.3f} to {target['high']:.3f}",
+        f"{forget['after']['exact_match']:.3f}",
+        f"{forget['reference']['exact_match']:.3f}",
+        f"{metrics['retention']:.3f} ({low:.3f} to {high:.3f})",
+        f"{metrics['floor']['retention']:.3f}",
+        f"{metrics['retention_taught']:.3f}",
+        f"{bystander['before']['performance']:.3f}",
+        f"{bystander['after']['performance']:.3f}",
+        f"{metrics['sparsity']:.1%}",
+        metrics["outcome"],
+    ]

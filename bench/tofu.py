@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results_page import ROOT, markdown_table, write_results
+from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
 
 from loraprune.data import load_rows
 from loraprune.folder import write_json
@@ -132,14 +132,11 @@ def section(metrics: Any, seconds: dict[str, float]) -> str:
     }
     rows = [[name, *numbers(one["before"]), *numbers(one["after"])] for name, one in sets.items()]
     rows.append(["forget, reference model", *numbers(metrics["forget"]["reference"]), "", ""])
-    target, parameters, spent = metrics["target"], metrics["model"]["parameters"], metrics["seconds"]["total"]
+    parameters, spent = metrics["model"]["parameters"], metrics["seconds"]["total"]
     facts = [
-        f"Outcome `{metrics['outcome']}`; target P(forget) {target['performance']:.3f}, band "
-        f"{max(0, target['low']):.3f} to {target['high']:.3f}; retention {metrics['retention']:.3f} on final rows, "
-        f"{metrics['retention_taught']:.3f} on taught rows.",
-        f"Parameters {parameters['before']:,} to {parameters['after']:,} ({metrics['sparsity']:.1%} removed); "
-        f"{spent:.0f} s for the run, {seconds['untouched']:.0f} s and {seconds['reference']:.0f} s to train the model "
-        "and the reference.",
+        markdown_table(RUN_HEADER, [run_cells(metrics)]),
+        f"Parameters {parameters['before']:,} to {parameters['after']:,}; {spent:.0f} s for the run, "
+        f"{seconds['untouched']:.0f} s and {seconds['reference']:.0f} s to train the model and the reference.",
     ]
     if not metrics["goal_met"]:
         facts.append(f"The goal was not met: {outcome_text(metrics)}.")
