@@ -166,20 +166,22 @@ def watch(command: list[str], output: Path) -> tuple[dict[str, int], dict[str, f
     """Run a command; return the most bytes it held in each stage, and each stage's seconds."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen, begun, told = Watched(), time.monotonic(), 0
+    lines: dict[bytes, float] = {}  # when each was first there; a run may write its file anew
     held, events, model = psutil.Process(process.pid), output / "events.jsonl", output / "model"
     while process.poll() is None:
         now = time.monotonic() - begun
         seen.samples.append((now, _resident(held)))
-        if events.exists() and events.stat().st_size > told:
+        if events.exists() and events.stat().st_size != told:
             text = events.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            seen.events += [(now, json.loads(line)) for line in whole[told:].splitlines()]
-            told = len(whole)
+            told = len(text)
+            for line in text[: text.rfind(b"\n") + 1].splitlines():
+                lines.setdefault(line, now)
         if seen.exported is None and model.exists():
             seen.exported = now
         time.sleep(EVERY)
     if process.returncode not in (0, 3):
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    seen.events = [(when, json.loads(line)) for line, when in lines.items()]
     return by_stage(seen)
 
 

@@ -165,11 +165,11 @@ class Trial:
     def _time_values(self, costs: Mapping[str, Cost], export_seconds: float) -> Values:
         evaluate = self.load_seconds + self._over(costs["evaluate"], list(self.inputs.examples))
         other = self.load_seconds + self._over(costs["evaluate"], ["forget"] if self.settings.is_unlearning else [])
-        look = self._over(costs["look"], self._looked_at())
+        look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "train": self.load_seconds + costs["train"].seconds(self._tokens_by_step()) + self._looks * look,
-            "score": self.settings.prune_rounds * self.score_seconds,
+            "train": self.load_seconds + costs["train"].seconds(self._tokens_by_step()) + (self._looks - rounds) * look,
+            "score": rounds * (self.score_seconds + look),  # each scoring ends with a look
             "export": export_seconds,
             "evaluate after": evaluate,
         }
