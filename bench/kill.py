@@ -24,6 +24,7 @@ from loraprune.settings import flag
 
 WORLD, CACHE = ROOT / "bench" / "cache" / "demo" / "seed-0", ROOT / "bench" / "cache" / "kill"
 KILLS, SEED = 20, 0
+LONGEST_LIFE = 0.5  # of a whole run, so that most starts are killed
 MILESTONES = ("before.json", "decision.json", "after.json", "metrics.json")  # in the order in which a run writes them
 STAGES = ("evaluate before", "train", "cut, evaluate after", "evidence", "report")
 COMPARED = ("decision.json", "mask.safetensors", "adapter/adapter_model.safetensors", "model/model.safetensors")
@@ -54,7 +55,7 @@ def killed_often(flags: Sequence[str], work: Path) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     runs = 0
     while len(kills) < KILLS:
-        output, seconds = work / f"killed-{runs}", length * draw.random()
+        output, seconds = work / f"killed-{runs}", LONGEST_LIFE * length * draw.random()
         begins_at = saved_step(output)
         if live(flags, output, seconds) and not finished(output):
             kills.append({"run": runs, "seconds": round(seconds, 1), "began_at": begins_at, **found_in(output)})
