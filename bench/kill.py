@@ -6,6 +6,7 @@ Source   -
 Symbols  -
 """
 
+import argparse
 import json
 import os
 import random
@@ -32,8 +33,11 @@ COMPARED = ("decision.json", "mask.safetensors", "adapter/adapter_model.safetens
 
 def main() -> None:
     """Kill command lines of `unlearn` on the demo's world, and compare what they end in."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=KILLS, help=f"how many; {KILLS} unless said otherwise")
+    options = parser.parse_args()
     make_inputs(WORLD, 0)
-    results = killed_often(flags_of(WORLD), CACHE)
+    results = killed_often(flags_of(WORLD), CACHE, options.kills)
     write_results("kill", results, section(results))
     print(section(results))
 
@@ -45,7 +49,7 @@ def flags_of(world: Path) -> list[str]:
     return [str(world / "untouched"), *(word for name, one in values.items() for word in (flag(name), one))]
 
 
-def killed_often(flags: Sequence[str], work: Path) -> dict[str, Any]:
+def killed_often(flags: Sequence[str], work: Path, count: int = KILLS) -> dict[str, Any]:
     """Return the kills, and whether every run that was killed ended as the one that was not."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -54,7 +58,7 @@ def killed_often(flags: Sequence[str], work: Path) -> dict[str, Any]:
     length, draw = monotonic() - begun, random.Random(SEED)
     kills: list[dict[str, Any]] = []
     runs = 0
-    while len(kills) < KILLS:
+    while len(kills) < count:
         output, seconds = work / f"killed-{runs}", LONGEST_LIFE * length * draw.random()
         begins_at = saved_step(output)
         if live(flags, output, seconds) and not finished(output):
