@@ -20,11 +20,12 @@ from loraprune.pipeline import run
 from loraprune.settings import Settings, as_values
 
 HOLDER = """
-import json, sys, time
+import json, signal, sys, time
 from pathlib import Path
 from loraprune.folder import RunFolder
 from loraprune.settings import Settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 settings = Settings(**json.loads(sys.argv[1]))
 with RunFolder(Path(settings.output), settings).held(print):
     print("held", flush=True)
