@@ -8,6 +8,7 @@ Symbols  -
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, floor
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class Inputs:
     overlap: Overlap | None
     for_reference: Mapping[str, Sequence[Example]]  # forget and earlier requests under the reference's tokenizer
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, list[int]]:
         """Return every set's facts: rows with the same number say the same thing, or belong to one fact_id."""
         return {name: find_facts(rows) for name, rows in self.rows.items()}
