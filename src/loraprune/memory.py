@@ -1,14 +1,15 @@
 """Memory: how many bytes a pass needs, found by running it on a few rows and extending to its real size.
 
 Reads    a pass (a function of rows), its rows by set; the process's own size
-Gives    traced, Footprint, footprint_of, resident_bytes, private_bytes
+Gives    traced, Footprint, footprint_of, resident_bytes, Private, private_bytes
 Source   -
 Symbols  trace = bytes of the storages that a pass made and that are still alive, after each of its operations
 """
 
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import psutil
@@ -132,9 +133,21 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def private_bytes() -> int | None:
-    """Return what of it is no file's, weights mapped from a checkpoint being a file's; None where that is not known."""
+class Private(NamedTuple):
+    """What a process holds that is no file's, weights mapped from a checkpoint being a file's: now, and at most."""
+
+    now: int
+    most: int  # since it began, with its files as they are mapped now
+
+    def grown(self, before: "Private") -> int:
+        """Return by how much it has grown at most; by how much it is larger now where it was larger before still."""
+        return max(self.now, self.most if self.most > before.most else 0) - before.now
+
+
+def private_bytes() -> Private | None:
+    """Return what this process holds of its own; None on systems that do not tell it from mapped files."""
     if not psutil.LINUX:
         return None
     held: Any = psutil.Process().memory_info()
-    return held.rss - held.shared
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Private(held.rss - held.shared, most - held.shared)

@@ -128,7 +128,7 @@ class Trial:
         if device_of(self.settings).type != "cpu":
             return None
         now = private_bytes()
-        grown = 0 if now is None or self.private is None else now - self.private
+        grown = 0 if now is None or self.private is None else now.grown(self.private)
         return Held(self.process, max(1.0, grown / tried))
 
     def _merge_and_cut(self, goal: Mask) -> object:
