@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraprune.attack import attack_run as attack_run
     from loraprune.config import LoraConfig as LoraConfig
     from loraprune.demo import run_demo as run_demo
     from loraprune.errors import UserError as UserError
@@ -32,6 +33,7 @@ _HOMES = {
     "LoraConfig": "config",
     "Settings": "settings",
     "UserError": "errors",
+    "attack_run": "attack",
     "compute_dual_sensitivity": "sensitivity",
     "compute_sensitivity": "sensitivity",
     "evaluate_files": "evaluate",

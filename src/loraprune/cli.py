@@ -55,6 +55,14 @@ EVALUATION = (
     *EVALUATION_ONLY,
     "seed",
 )
+ATTACK_ONLY = ("attacks", "attack_steps", "attack_learning_rate", "attack_samples", "attack_rows", "attack_sparsity")
+ATTACK = (
+    *("model", "output", "reference", "dtype", "device", "trust_remote_code", "forget", "retain"),
+    *("floor_rows", "final_rows", "columns", "max_length"),
+    *("forget_batch_size", "retain_batch_size", "evaluate_batch_size"),
+    *ATTACK_ONLY,
+    "seed",
+)
 
 
 Arguments = Mapping[str, Mapping[str, Any]]  # what argparse is told of each
@@ -108,6 +116,22 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
     return GOAL_MET
 
 
+def _attack(settings: Settings, options: Namespace) -> int:
+    from loraprune.attack import attack_run
+
+    given = {name: value for name, value in given_values(options).items() if name in ATTACK}
+    report = attack_run(Path(settings.output), given)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return GOAL_MET
+    from rich.console import Console
+
+    from loraprune.attack_findings import show_findings
+
+    show_findings(report, Console())
+    return GOAL_MET
+
+
 def _status(settings: Settings, options: Namespace) -> int:
     from loraprune.status import read_status, status_text
 
@@ -141,14 +165,14 @@ def _demo(settings: Settings, options: Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "unlearn": Command(
         "Cut out what serves the forget set and not the retain set.",
-        _all_but("data", *EVALUATION_ONLY),
+        _all_but("data", *EVALUATION_ONLY, *ATTACK_ONLY),
         ("model", "forget", "retain", "output"),
         _run,
         others=CONFIG,
     ),
     "prune": Command(
         "Compress a model to a sparsity; no forget set. There is no floor unless one is set.",
-        _all_but(*UNLEARNING_ONLY, *EVALUATION_ONLY),
+        _all_but(*UNLEARNING_ONLY, *EVALUATION_ONLY, *ATTACK_ONLY),
         ("model", "data", "sparsity", "output"),
         _run,
         {"min_retain_performance": 0.0},
@@ -162,6 +186,15 @@ COMMANDS: dict[str, Command] = {
         takes_any_file=True,
         others={**JSON, **CONFIG},
     ),
+    "attack": Command(
+        "Try to bring back what a run made its model forget, and show what came back. Models, data and whatever else "
+        "is not given here are those of the run.",
+        ATTACK,
+        ("output",),
+        _attack,
+        first_word="output",
+        others=JSON,
+    ),
     "status": Command(
         "Show how far a run is, or how it ended, from what it wrote so far.",
         ("output",),
@@ -173,7 +206,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Look before you leap: every check of a run, candidates, memory and time; changes nothing. The flags are those "
         "of unlearn, or of prune where --data is given; --output may be left out.",
-        _all_but(*EVALUATION_ONLY),
+        _all_but(*EVALUATION_ONLY, *ATTACK_ONLY),
         ("model", "forget", "retain"),
         _plan,
         others={**JSON, **CONFIG},

@@ -313,8 +313,11 @@ def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
     return RetainSplit(**parts)
 
 
-def find_facts(rows: Sequence[Row]) -> list[int]:
-    """Return each row's fact, named by its first row: rows tied by fact_id or text, be it through others, share one."""
+def find_facts(rows: Sequence[Row], *, by_subject: bool = False) -> list[int]:
+    """Return each row's fact, named by its first row: rows tied by fact_id or text, be it through others, share one.
+
+    `by_subject` also ties the rows of one subject.
+    """
     parents = list(range(len(rows)))
 
     def root(index: int) -> int:
@@ -325,6 +328,7 @@ def find_facts(rows: Sequence[Row]) -> list[int]:
     first: dict[tuple[str, str], int] = {}
     for index, row in enumerate(rows):
         ties = [("text", normalise(row.text)), *([("fact_id", row.fact_id)] if row.fact_id else [])]
+        ties += [("subject", row.subject)] if by_subject and row.subject else []
         for tie in ties:
             low, high = sorted((root(first.setdefault(tie, index)), root(index)))
             parents[high] = low

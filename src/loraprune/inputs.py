@@ -117,7 +117,7 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
         rows["forget"] = load_set(settings, "forget", settings.forget)
         overlap = find_overlap(rows["forget"], kept)
         refuse_overlap(overlap, allow_overlap=settings.allow_overlap)
-    rows |= _split(settings, kept)
+    rows |= split_kept(settings, kept)
     for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
         if source and "forget" in rows:
             _refuse_shared(rows[name], rows["forget"], f"{name}-rows", "forget set")
@@ -131,7 +131,7 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
     return rows, overlap
 
 
-def _split(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
+def split_kept(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
     """Split the retain set; a file of floor or final rows takes the place of that tenth, which is taught instead."""
     if settings.floor_rows and settings.final_rows:
         parts: dict[str, Sequence[Row]] = {"taught": kept}

@@ -8,6 +8,7 @@ Symbols  n rows, k wrong answers a row, t answer tokens; loss = mean negative lo
 
 import zlib
 from collections.abc import Mapping, Sequence
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ Rows = NDArray[np.float64]  # (n,)
 
 EPSILON = 1e-10  # under every quotient, as in the reference implementation
 LEAST_LOSS = 0.01  # of retention; smaller losses count as this much
+LEAST_GONE = 0.05  # of a performance; where less is gone, a share of it would be noise
 UTILITY_PARTS = tuple(
     f"{name}_{part}" for name in ("retain", "real_authors", "world_facts") for part in ("probability", "rouge", "truth")
 )
@@ -191,3 +193,41 @@ def unlearning_efficiency(
         "forget_per_second": forget_drop / seconds if seconds else None,
         "forget_per_removed_parameter": forget_drop / removed_parameters if removed_parameters else None,
     }
+
+
+# --- attacks on what was forgotten ------------------------------------------------------------------------------------
+
+
+def best_of(values: ArrayLike, drawn: int) -> Rows:
+    """Return the expected best of `drawn` of a row's samples, (n,), unbiased. `values`: (n, s), drawn <= s.
+
+    The mean of the maximum over all choices of `drawn` samples; for values of 0 and 1 it is pass@k, arXiv 2107.03374.
+    """
+    ordered = np.sort(_rows(values), axis=1)
+    samples = ordered.shape[1]
+    if not 1 <= drawn <= samples:
+        raise ValueError(f"the best of {drawn} cannot be had from {samples} samples")
+    weights = [comb(place, drawn - 1) / comb(samples, drawn) for place in range(samples)]  # that this one is the best
+    return ordered @ np.array(weights)
+
+
+def mean_over_steps(steps: ArrayLike, values: ArrayLike) -> Rows:
+    """Return each row's mean height over the axis log(1 + step), trapezoids between looks. `values`: (looks, n).
+
+    The area under a curve over its width. Logarithmic, since most comes back in the first few steps: on a linear axis
+    three quarters of 40 steps would be about what happens after the tenth.
+    """
+    places, values = np.log1p(_rows(steps)), _rows(values)
+    if places.size == 1:
+        return values[0]
+    return np.trapezoid(values, places, axis=0) / (places[-1] - places[0])
+
+
+def brought_back(before: float, after: float, known: float) -> float | None:
+    """Return (after - before) / (known - before): the share of what is gone that an attack brings back.
+
+    `known`: what the original model gives, `before` and `after`: the attacked one. 0 is nothing, 1 is all, below 0 the
+    attack took something away. None where less than LEAST_GONE is gone: nothing was there to be brought back.
+    """
+    gone = known - before
+    return (after - before) / gone if gone >= LEAST_GONE else None

@@ -15,38 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loraprune.errors import UserError, nearest
+from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
 from loraprune.records import Compat, Metric, ScoreLoss
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
-@dataclass(frozen=True)
-class Range:
-    """Where a finite number may lie; a bound is part of the range unless it is open."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        if math.isinf(self.high):
-            return f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
-
-
-POSITIVE = Range(0, open_low=True)
-NOT_NEGATIVE = Range(0)
-AT_LEAST_ONE = Range(1)
-UNIT = Range(0, 1)
-INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
 
 KIND_WORDS: dict[type, str] = {
     str: "text",
@@ -135,7 +108,7 @@ class Settings:
         {},
         "data",
         "Which column plays which role, as role=column pairs; roles: messages, prompt, input, answer, text, facts, "
-        "fact_id, paraphrased_answer, perturbed_answer.",
+        "fact_id, subject, paraphrased_question, paraphrased_answer, perturbed_answer.",
     )
     template: str = setting(
         "Question: {prompt}\nAnswer: ", "data", "How a prompt is written for a tokenizer without a chat template."
@@ -304,6 +277,30 @@ class Settings:
         "evaluation",
         "Attack membership by gradient norms too, where a holdout is given: one backward pass a row, and memory for "
         "the gradients of all weights.",
+    )
+
+    attacks: tuple[str, ...] = setting(
+        ("relearn", "retrain", "quantise", "sample", "rephrase", "prune_again", "look_inside"),
+        "attack",
+        "Which attacks are run; docs/attacks.md says what each answers.",
+    )
+    attack_steps: int = setting(
+        40,
+        "attack",
+        "Steps of the attacks that train; the model is scored after 0, 1, 2, 5, 10, 20, 50 ... of them and at the end.",
+        allowed=AT_LEAST_ONE,
+    )
+    attack_learning_rate: float | None = setting(
+        None, "attack", "Learning rate of the attacks that train; unset: learning_rate of the run.", allowed=POSITIVE
+    )
+    attack_samples: int = setting(
+        64, "attack", "Answers drawn to each question, of which the best counts.", allowed=AT_LEAST_ONE
+    )
+    attack_rows: int = setting(
+        100, "attack", "Forget rows, chosen by the seed, for which answers are drawn.", allowed=AT_LEAST_ONE
+    )
+    attack_sparsity: float = setting(
+        0.3, "attack", "Share of every matrix's single weights that pruning again sets to zero.", allowed=INSIDE_UNIT
     )
 
     request_id: str | None = setting(

@@ -30,7 +30,10 @@ LAYOUTS: tuple[dict[str, str], ...] = (
     {"text": "text"},
 )
 MAIN_ROLES = ("messages", "prompt", "answer", "text")
-OPTIONAL_ROLES = ("input", "facts", "fact_id", "paraphrased_answer", "perturbed_answer")
+OPTIONAL_ROLES = (
+    *("input", "facts", "fact_id", "subject"),
+    *("paraphrased_question", "paraphrased_answer", "perturbed_answer"),
+)
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,40}")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -49,6 +52,8 @@ class Row:
     fact_id: str | None = None  # rows with the same one say the same fact and are never split apart
     paraphrased_answer: str | None = None  # the right answer in other words, for the truth ratio
     perturbed_answers: tuple[str, ...] = ()  # wrong answers in the paraphrase's form
+    subject: str | None = None  # whom the row is about; an attack that learns a half shows no half of a subject
+    paraphrased_questions: tuple[str, ...] = ()  # the question in other words
 
     @property
     def prompt(self) -> str:
@@ -148,16 +153,21 @@ def _build_row(number: int, record: Mapping[str, Any], layout: Mapping[str, str]
     *messages, (role, answer) = _conversation(values)
     if role != "assistant" or ("messages" in values and not messages):
         raise _RowFault("conversations that do not end with the assistant's answer to a message")
-    fact_id = values.get("fact_id")
     return Row(
         number=number,
         messages=tuple(messages),
         answer=answer,
         facts=_read_facts(values.get("facts"), answer),
-        fact_id=None if fact_id in (None, "") else str(fact_id),
+        fact_id=_read_name(values.get("fact_id")),
         paraphrased_answer=next(iter(_read_texts(values.get("paraphrased_answer"), "paraphrased answers")), None),
         perturbed_answers=_read_texts(values.get("perturbed_answer"), "perturbed answers"),
+        subject=_read_name(values.get("subject")),
+        paraphrased_questions=_read_texts(values.get("paraphrased_question"), "paraphrased questions"),
     )
+
+
+def _read_name(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
 
 
 def _conversation(values: Mapping[str, Any]) -> list[Message]:

@@ -1,0 +1,101 @@
+"""Attack on the weights: does rounding them, or cutting small ones to zero, bring back what was hidden in them?
+
+Reads    a checkpoint
+Gives    quantise, prune_again
+Source   quantisation brings back forgotten knowledge, arXiv 2410.16454; magnitude pruning, 1506.02626
+Symbols  NF4: the four-bit normal float of arXiv 2305.14314
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from loraprune.attacked import AttackedModel, AttackResult, NotRun, Values, readings_of
+from loraprune.model import device_of
+from loraprune.progress import Advance
+
+Format = Literal["int8", "nf4"]
+QUANTISED = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}  # the module that holds a weight of the format
+
+
+def quantise(attacked: AttackedModel, advance: Advance, number_format: Format) -> AttackResult:
+    """Ask the model once more with the weights of its projections rounded to eight or four bits."""
+    if find_spec("bitsandbytes") is None:
+        raise NotRun("bitsandbytes is not installed: pip install 'loraprune[quantize]' brings it")
+    rows = attacked.rows.forget
+    plain = attacked.load()
+    before, plain_bytes = attacked.answers(plain, rows), plain.get_memory_footprint()
+    del plain
+    with _quietly():
+        model = _load_quantised(attacked, number_format)
+        after = attacked.answers(model, rows)
+    details: Values = {
+        "quantised_modules": sum(type(one).__name__ == QUANTISED[number_format] for one in model.modules()),
+        "bytes": {"plain": plain_bytes, "quantised": model.get_memory_footprint()},
+    }
+    advance(1)
+    return AttackResult(readings_of(rows, before, after), details)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what bitsandbytes says of every module, and the minute in which it would have its CPU code compiled."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_quantised(attacked: AttackedModel, number_format: Format) -> Any:
+    settings = attacked.settings
+    ways = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        attacked.name,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        use_safetensors=True,
+        quantization_config=BitsAndBytesConfig(**ways[number_format]),
+        device_map={"": device_of(settings)},
+    )
+    for module in model.modules():
+        if type(module).__name__ == QUANTISED["nf4"]:
+            # Its packed format for some processors takes widths in multiples of 32 and 64 only, which a cut has not.
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def prune_again(attacked: AttackedModel, advance: Advance) -> AttackResult:
+    """Ask the model once more with the smallest single weights of every projection set to zero."""
+    rows, share = attacked.rows.forget, attacked.settings.attack_sparsity
+    model = attacked.load()
+    before = attacked.answers(model, rows)
+    zeros = zero_smallest(model, share)
+    after = attacked.answers(model, rows)
+    advance(1)
+    return AttackResult(readings_of(rows, before, after), {"zero_weights": zeros})
+
+
+@torch.no_grad()
+def zero_smallest(model: Any, share: float) -> int:
+    """Set the `share` smallest weights of every matrix of the layers to zero, in place; return how many these are.
+
+    Embeddings and the output projection stay whole, as they do when groups are cut.
+    """
+    zeros = 0
+    for module in model.get_decoder().layers.modules():
+        if isinstance(module, nn.Linear):
+            sizes = module.weight.abs().flatten()
+            count = int(share * sizes.numel())
+            module.weight.view(-1)[sizes.argsort(stable=True)[:count]] = 0
+            zeros += count
+    return zeros
