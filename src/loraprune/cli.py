@@ -102,7 +102,7 @@ def _run(settings: Settings, options: Namespace) -> int:
 
 
 def _evaluate(settings: Settings, options: Namespace) -> int:
-    from loraprune.evaluate import evaluate_files
+    from loraprune.evaluation import evaluate_files
 
     results = evaluate_files(settings)
     if options.json:
@@ -110,9 +110,9 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
         return GOAL_MET
     from rich.console import Console
 
-    from loraprune.report import evaluation_table
+    from loraprune.evaluation_table import show_evaluation
 
-    Console().print(evaluation_table(results))
+    show_evaluation(results, Console())
     return GOAL_MET
 
 
@@ -179,7 +179,7 @@ COMMANDS: dict[str, Command] = {
         others=CONFIG,
     ),
     "evaluate": Command(
-        "Measure what a model knows of each set.",
+        "Measure what a model knows of each set, by every metric of the field.",
         EVALUATION,
         ("model", "forget", "retain"),
         _evaluate,
