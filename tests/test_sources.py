@@ -184,6 +184,15 @@ class TestColumns:
         rows = load_rows(write_lines(tmp_path / "a.jsonl", record, other), name="forget")
         assert [(row.facts, row.fact_id) for row in rows] == [(("b",), "x"), ((), None)]
 
+    def test_answers_in_other_words_and_wrong_ones_are_read(self, tmp_path):
+        record = {"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c", "d"]}
+        other = {"question": "r", "answer": "a", "paraphrased_answer": None, "perturbed_answer": "e"}
+        rows = load_rows(write_lines(tmp_path / "a.jsonl", record, other), name="forget")
+        assert [row.paraphrased_answer for row in rows] == ["b", None]
+        assert [row.perturbed_answers for row in rows] == [("c", "d"), ("e",)]
+        said = refuse(write_lines(tmp_path / "b.jsonl", record | {"perturbed_answer": [1]}))
+        assert "perturbed answers that are neither a string nor a list of strings: row 1." in said
+
     def test_an_unknown_column_is_refused_with_the_nearest(self, tmp_path):
         said = refuse(write_lines(tmp_path / "a.jsonl", *QUESTIONS), {"prompt": "questions", "answer": "answer"})
         assert "the forget set has no column 'questions'" in said

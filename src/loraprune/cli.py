@@ -48,9 +48,12 @@ UNLEARNING_ONLY = (
     *("minimum_forget_sensitivity", "max_sparsity", "forget_target", "band"),
     *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "show_examples"),
 )
+EVALUATION_ONLY = ("cache", "compat", "rouge_rows", "gradient_norm")
 EVALUATION = (
     *("model", "reference", "dtype", "device", "trust_remote_code"),
-    *("forget", "retain", "holdout", "bystander", "columns", "template", "max_length", "evaluate_batch_size"),
+    *("forget", "retain", "holdout", "bystander", "guard", "columns", "template", "max_length", "evaluate_batch_size"),
+    *EVALUATION_ONLY,
+    "seed",
 )
 
 
@@ -138,14 +141,14 @@ def _demo(settings: Settings, options: Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "unlearn": Command(
         "Cut out what serves the forget set and not the retain set.",
-        _all_but("data"),
+        _all_but("data", *EVALUATION_ONLY),
         ("model", "forget", "retain", "output"),
         _run,
         others=CONFIG,
     ),
     "prune": Command(
         "Compress a model to a sparsity; no forget set. There is no floor unless one is set.",
-        _all_but(*UNLEARNING_ONLY),
+        _all_but(*UNLEARNING_ONLY, *EVALUATION_ONLY),
         ("model", "data", "sparsity", "output"),
         _run,
         {"min_retain_performance": 0.0},
@@ -170,7 +173,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Look before you leap: every check of a run, candidates, memory and time; changes nothing. The flags are those "
         "of unlearn, or of prune where --data is given; --output may be left out.",
-        tuple(setting_names()),
+        _all_but(*EVALUATION_ONLY),
         ("model", "forget", "retain"),
         _plan,
         others={**JSON, **CONFIG},

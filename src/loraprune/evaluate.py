@@ -6,18 +6,19 @@ Source   probability as in TOFU, arXiv 2401.06121: exp(-mean negative log-likeli
 Symbols  P = mean over rows of exp(-mean over answer tokens of -log p)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraprune.data import Example, batches_by_length, collate, find_facts
+from loraprune.answers import Advance, AnswerBatch, answer_batches, silent
+from loraprune.data import Example, find_facts
 from loraprune.inputs import encode_set, load_set
 from loraprune.interval import ratio_interval
 from loraprune.model import checked_config, load_model, load_tokenizer, pad_token_id, quiet_libraries
-from loraprune.objectives import answer_log_probabilities, logits_of, row_means, row_sums
+from loraprune.objectives import row_means, row_sums
 from loraprune.records import Interval
 from loraprune.settings import Settings
 
@@ -57,37 +58,29 @@ class Measured:
         return {**values, "facts": len(set(facts)), "performance_interval": self.interval(facts)}
 
 
-@torch.no_grad()
 def answer_values(
     model: nn.Module,
     examples: Sequence[Example],
     *,
     batch_size: int,
     pad_token_id: int,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Advance = silent,
 ) -> AnswerValues:
     """Return every row's values, in the order of `examples`; runs in eval mode and leaves the mode as it was."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
     parts, order = [], []
-    for indices in batches_by_length(examples, batch_size):
-        batch = collate([examples[index] for index in indices], pad_token_id)
-        parts.append(_batch_values(model, {name: one.to(device) for name, one in batch.items()}))
-        order += indices
-        advance(len(indices))
-    model.train(training)
+    for batch in answer_batches(model, examples, batch_size=batch_size, pad_token_id=pad_token_id):
+        parts.append(_batch_values(batch))
+        order += batch.rows
+        advance(len(batch.rows))
     back = torch.tensor(order).argsort()
     return AnswerValues(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 
 
-def _batch_values(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    logits = logits_of(model, batch)
-    values, counted = answer_log_probabilities(logits, batch["labels"])
-    right = logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
-    facts = batch["facts"][:, 1:] & counted
-    exact = (right | ~counted).all(1)
+def _batch_values(batch: AnswerBatch) -> tuple[Tensor, ...]:
+    values, counted = batch.log_probabilities, batch.counted
+    exact = (batch.right | ~counted).all(1)
     return tuple(
-        one.double().cpu() for one in (row_sums(values, counted), counted.sum(1), exact, row_means(values, facts))
+        one.double().cpu() for one in (row_sums(values, counted), counted.sum(1), exact, row_means(values, batch.facts))
     )
 
 
@@ -97,7 +90,7 @@ def measure(
     *,
     batch_size: int,
     pad_token_id: int,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Advance = silent,
 ) -> Measured:
     """Return the set's numbers under the model as it is now, mask and adapters included."""
     return measured(answer_values(model, examples, batch_size=batch_size, pad_token_id=pad_token_id, advance=advance))

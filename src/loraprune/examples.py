@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from loraprune.data import Row, prompt_ids
+from loraprune.generation import end_tokens, generate
 from loraprune.inputs import Inputs
 from loraprune.model import load_model, pad_token_id
 from loraprune.settings import Settings
@@ -46,18 +46,9 @@ def _spread(rows: Sequence[Row]) -> list[Row]:
     return asked[:: max(1, len(asked) // COUNT)][:COUNT]
 
 
-@torch.no_grad()
 def _answers(model: Any, rows: Sequence[Row], settings: Settings, inputs: Inputs) -> list[str]:
-    answers = []
-    for row in rows:
-        ids = torch.tensor([prompt_ids(row, inputs.tokenizer, template=settings.template)], device=model.device)
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=pad_token_id(inputs.tokenizer),
-        )
-        text = inputs.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        answers.append(cast(str, text).strip())  # one row in, so no list
-    return answers
+    prompts = [prompt_ids(row, inputs.tokenizer, template=settings.template) for row in rows]
+    options: dict[str, Any] = {"pad_token_id": pad_token_id(inputs.tokenizer), "max_new_tokens": NEW_TOKENS}
+    options["end_token_ids"] = end_tokens(model, inputs.tokenizer)
+    answers = [one for [one] in generate(model, prompts, batch_size=COUNT, **options)]
+    return [cast(str, inputs.tokenizer.decode(one, skip_special_tokens=True)).strip() for one in answers]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loraprune.errors import UserError, nearest
-from loraprune.records import Metric, ScoreLoss
+from loraprune.records import Compat, Metric, ScoreLoss
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -135,7 +135,7 @@ class Settings:
         {},
         "data",
         "Which column plays which role, as role=column pairs; roles: messages, prompt, input, answer, text, facts, "
-        "fact_id.",
+        "fact_id, paraphrased_answer, perturbed_answer.",
     )
     template: str = setting(
         "Question: {prompt}\nAnswer: ", "data", "How a prompt is written for a tokenizer without a chat template."
@@ -278,6 +278,33 @@ class Settings:
     lora_alpha: float = setting(16, "lora", "Adapters are scaled by alpha / rank.", allowed=POSITIVE)
     lora_dropout: float = setting(0.0, "lora", "Dropout in front of the adapters.", allowed=Range(0, 1, open_high=True))
     target_modules: tuple[str, ...] = setting(PROJECTIONS, "lora", "Projections that carry an adapter.")
+
+    cache: str = setting(
+        "auto",
+        "evaluation",
+        "Folder that keeps what was measured, by the content of weights and rows, so that it is not measured twice; "
+        "auto is loraprune in the user's cache folder (or what LORAPRUNE_CACHE names), none keeps nothing.",
+    )
+    compat: Compat = setting(  # noqa: RUF009  # a plain word
+        "none",
+        "evaluation",
+        "Whose attention mask is taken: open-unlearning hides every token that equals the padding token, on Llama 3 "
+        "the ends of the prompt's turns; none hides padding alone, which is right.",
+        allowed=get_args(Compat),
+    )
+    rouge_rows: int = setting(
+        400,
+        "evaluation",
+        "Rows of each set, sampled by the seed, whose answers are generated for ROUGE, which costs more than all other "
+        "metrics together; 0 leaves ROUGE out.",
+        allowed=NOT_NEGATIVE,
+    )
+    gradient_norm: bool = setting(
+        True,
+        "evaluation",
+        "Attack membership by gradient norms too, where a holdout is given: one backward pass a row, and memory for "
+        "the gradients of all weights.",
+    )
 
     request_id: str | None = setting(
         None, "run", "Name of this request in the ledger of reproduce.json; unset: request-N, N counted by the ledger."

@@ -30,7 +30,7 @@ LAYOUTS: tuple[dict[str, str], ...] = (
     {"text": "text"},
 )
 MAIN_ROLES = ("messages", "prompt", "answer", "text")
-OPTIONAL_ROLES = ("input", "facts", "fact_id")
+OPTIONAL_ROLES = ("input", "facts", "fact_id", "paraphrased_answer", "perturbed_answer")
 
 PLAIN_NAME = re.compile(r"[\w.-]{1,40}")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -47,6 +47,8 @@ class Row:
     answer: str
     facts: tuple[str, ...] = ()  # strings of the answer
     fact_id: str | None = None  # rows with the same one say the same fact and are never split apart
+    paraphrased_answer: str | None = None  # the right answer in other words, for the truth ratio
+    perturbed_answers: tuple[str, ...] = ()  # wrong answers in the paraphrase's form
 
     @property
     def prompt(self) -> str:
@@ -153,6 +155,8 @@ def _build_row(number: int, record: Mapping[str, Any], layout: Mapping[str, str]
         answer=answer,
         facts=_read_facts(values.get("facts"), answer),
         fact_id=None if fact_id in (None, "") else str(fact_id),
+        paraphrased_answer=next(iter(_read_texts(values.get("paraphrased_answer"), "paraphrased answers")), None),
+        perturbed_answers=_read_texts(values.get("perturbed_answer"), "perturbed answers"),
     )
 
 
@@ -192,13 +196,18 @@ def _check_text(value: Any, kind: str) -> str:
 
 
 def _read_facts(value: Any, answer: str) -> tuple[str, ...]:
-    facts = [value] if isinstance(value, str) else value or []
-    if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-        raise _RowFault("facts that are neither a string nor a list of strings")
-    facts = tuple(fact for fact in facts if fact.strip())
+    facts = _read_texts(value, "facts")
     if any(fact not in answer for fact in facts):
         raise _RowFault("facts that do not stand in the answer, letter for letter")
     return facts
+
+
+def _read_texts(value: Any, kind: str) -> tuple[str, ...]:
+    """Return the texts of a column that holds one or several, without empty ones."""
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        raise _RowFault(f"{kind} that are neither a string nor a list of strings")
+    return tuple(one for one in texts if one.strip())
 
 
 # --- files and folders ------------------------------------------------------------------------------------------------
