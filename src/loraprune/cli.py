@@ -62,6 +62,18 @@ JSON: Arguments = {"--json": {"action": "store_true", "help": "Print JSON, and n
 CONFIG: Arguments = {
     "--config": {"metavar": "FILE.toml", "default": argparse.SUPPRESS, "help": "Settings; flags override."}
 }
+LOGS: Arguments = {
+    "--from-log": {
+        "metavar": "LOG.json",
+        "help": "Count every aggregate of an evaluation log again from the values of its rows; the log is "
+        "open-unlearning's or the first TOFU code's (a file, or the folder of its four). Needs neither MODEL nor data.",
+    },
+    "--reference-log": {
+        "metavar": "RETAIN.json",
+        "help": "With --from-log or --benchmark: the log of a model trained without the forget set, for forget quality "
+        "and privleak.",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,9 @@ class Command:
     takes_any_file: bool = False  # a settings file may hold settings that steer nothing here
     first_word: str = "model"  # the setting that is written without a flag
     others: Arguments = field(default_factory=dict)  # arguments that are no settings
+    needs_with: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what `required` shrinks to with an argument
     only_looks: bool = False  # at the run of unlearn or of prune that the values ask for; it takes that one's settings
 
     @property
@@ -94,6 +109,14 @@ def _run(settings: Settings, options: Namespace) -> int:
 
 
 def _evaluate(settings: Settings, options: Namespace) -> int:
+    if options.from_log is not None:
+        return _show_log(options)
+    if options.reference_log is not None:
+        raise UserError(
+            "--reference-log is given without --from-log.",
+            "it is compared with another log.",
+            "give --from-log LOG.json, or --reference MODEL to measure the reference itself.",
+        )
     from loraprune.evaluate import evaluate_files
 
     results = evaluate_files(settings)
@@ -105,6 +128,23 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
     from loraprune.report import evaluation_table
 
     Console().print(evaluation_table(results))
+    return GOAL_MET
+
+
+def _show_log(options: Namespace) -> int:
+    from loraprune.evaluation_log import read_log
+    from loraprune.log_aggregates import aggregates
+    from loraprune.log_table import show_aggregates
+
+    given = [name for name in EVALUATION if name in options]
+    if given:
+        raise UserError(
+            f"--from-log is given with {', '.join(_spelt('evaluate', name) for name in given)}.",
+            "a log is counted as it is: no model is asked, and a setting would be ignored.",
+            "leave these out, or --from-log.",
+        )
+    reference = None if options.reference_log is None else read_log(options.reference_log)
+    show_aggregates(aggregates(read_log(options.from_log), reference), as_json=options.json)
     return GOAL_MET
 
 
@@ -160,7 +200,8 @@ COMMANDS: dict[str, Command] = {
         ("model", "forget", "retain"),
         _evaluate,
         takes_any_file=True,
-        others={**JSON, **CONFIG},
+        others={**JSON, **CONFIG, **LOGS},
+        needs_with={"from_log": ()},
     ),
     "status": Command(
         "Show how far a run is, or how it ended, from what it wrote so far.",
@@ -248,19 +289,27 @@ def _settings(options: Namespace) -> Settings:
     settings_from(file)  # its errors, before a flag hides them
     taken = COMMANDS[options.command].settings
     flags = {name: value for name, value in given_values(options).items() if name in taken}
-    return complete(options.command, {**file, **flags})
+    needs = COMMANDS[options.command].needs_with.items()
+    needed = next((names for argument, names in needs if getattr(options, argument) is not None), None)
+    return complete(options.command, {**file, **flags}, needed=needed)
 
 
-def complete(command: str, values: Mapping[str, Any], spell: Callable[[str], str] | None = None) -> Settings:
+def complete(
+    command: str,
+    values: Mapping[str, Any],
+    spell: Callable[[str], str] | None = None,
+    needed: tuple[str, ...] | None = None,
+) -> Settings:
     """Return a command's checked settings: its defaults, overridden by `values`.
 
     Raises UserError for a setting that is missing, foreign to the command or out of range; `spell` gives the flag
-    by which a missing one is named.
+    by which a missing one is named; `needed` are the settings that must be given, None the command's own.
     """
     run = _looked_at(values) if COMMANDS[command].only_looks else command
     settings = settings_from({**COMMANDS[run].defaults, **values})
     _refuse_foreign(run, settings)
-    _refuse_missing(settings, _required(command, run), spell or partial(_spelt, run))
+    required = _required(command, run) if needed is None else needed
+    _refuse_missing(settings, required, spell or partial(_spelt, run))
     return settings
 
 
