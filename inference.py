@@ -7,14 +7,15 @@ Symbols  P = performance, in [0, 1]
 """
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from loraprune.cli import COMMANDS, GOAL_MET, exit_code
-from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.scripts import read, script_parser, settings_of
 
-Results = Mapping[str, Mapping[str, Any]]
+if TYPE_CHECKING:
+    from loraprune.evaluation import Evaluation
+    from loraprune.records import Interval
 
 
 def evaluate(original_model: str = "", **values: Any) -> int:
@@ -24,39 +25,61 @@ def evaluate(original_model: str = "", **values: Any) -> int:
     if original_model:
         before = measured({**values, "base_model": original_model})
         show("the original model", before)
-        print("\n".join(changes(before, after)))
+        print("\n".join(changes(performances(before), performances(after))))
     return GOAL_MET
 
 
-def measured(values: Mapping[str, Any]) -> Results:
-    """Return every set's numbers for the model and the sets that the values name."""
+def measured(values: Mapping[str, Any]) -> "Evaluation":
+    """Return the evaluation of the model on the sets that the values name, as `loraprune evaluate` makes it."""
     settings = settings_of(values, "evaluate")
-    from loraprune.evaluate import evaluate_files
+    from loraprune.evaluation import evaluate as evaluate_settings
 
-    return evaluate_files(settings)
+    return evaluate_settings(settings)
 
 
-def show(title: str, results: Results) -> None:
+def show(title: str, evaluation: "Evaluation") -> None:
     """Print one model's numbers as a table under its title."""
     from rich.console import Console
 
-    from loraprune.report import evaluation_table
+    from loraprune.evaluation_table import show_evaluation
 
     console = Console()
     console.print(f"\n{title}")
-    console.print(evaluation_table(results))
+    show_evaluation(evaluation.values, console)
 
 
-def changes(before: Results, after: Results) -> list[str]:
+Rows = Mapping[str, tuple[Sequence[float], Sequence[int]]]  # of each set: P of every row, and its fact
+
+
+def performances(evaluation: "Evaluation") -> Rows:
+    """Return P of every row of every set, and its fact."""
+    return {name: (one.teacher_forced["probability"], one.encoded.facts) for name, one in evaluation.scored.items()}
+
+
+def changes(before: Rows, after: Rows) -> list[str]:
     """Return the plan's metrics as lines: the drop on forget, the retention on retain, and their quotient."""
-    drop = forget_drop(before["forget"]["performance"], after["forget"]["performance"])
-    kept = retention(before["retain"]["performance"], after["retain"]["performance"])
+    from loraprune.interval import mean_interval, ratio_interval
+    from loraprune.metrics import forget_drop, retention, unlearning_efficiency
+
+    (known, facts), (left, _) = before["forget"], after["forget"]
+    (had, kept_facts), (has, _) = before["retain"], after["retain"]
+    drop, kept = forget_drop(mean(known), mean(left)), retention(mean(had), mean(has))
+    drops = [forget_drop(*pair) for pair in zip(known, left, strict=True)]
     per_retain = unlearning_efficiency(drop, kept, None, None)["forget_per_retain"]
     return [
-        f"performance drop on forget  {drop:8.4f}   P before - P after",
-        f"retention on retain         {kept:8.4f}   P after / P before",
+        f"performance drop on forget  {drop:8.4f}   {said(mean_interval(drops, facts))}P before - P after",
+        f"retention on retain         {kept:8.4f}   {said(ratio_interval(has, had, kept_facts))}P after / P before",
         f"unlearning efficiency       {per_retain:8.4f}   drop / max(1 - retention, 0.01)",
     ]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def said(interval: "Interval | None") -> str:
+    """Return a 95% interval as words in front of others; nothing where there is none."""
+    return "" if interval is None else f"({interval[0]:.4f} to {interval[1]:.4f})  "
 
 
 def main(arguments: list[str] | None = None) -> int:

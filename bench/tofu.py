@@ -79,9 +79,10 @@ def make_inputs(data: Path, seed: int) -> dict[str, float]:
     """Write the four sets and both models once; return the seconds that each model took."""
     CACHE.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
-    forget = lines(data / "forget05.json")
+    forget = lines(data / "forget05_perturbed.json")  # the rows of forget05, with paraphrases and wrong answers
     sets = {"forget": forget, "retain": retain[:1000], "bystander": retain[1000:1200]}
-    sets["holdout"] = [line for line in both if line not in set(forget)]
+    asked = set(lines(data / "forget05.json"))
+    sets["holdout"] = [line for line in both if line not in asked]
     for name, chosen in sets.items():
         (CACHE / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
     rows = {name: load_rows(str(CACHE / f"{name}.jsonl"), name=name) for name in SETS}

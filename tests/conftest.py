@@ -23,6 +23,15 @@ torch.set_num_threads(1)
 # trip over ints given for floats and over names that are imported for the type checker alone.
 install_import_hook(["loraprune.objectives", "loraprune.sensitivity"], "beartype.beartype")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """The folder in which evaluations of this session keep what they measured; the user's stays out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 VOCABULARY = 259  # 256 bytes and three special tokens
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -16,7 +16,7 @@ from loraprune.settings import Settings, as_values, flag, kind_of
 ROOT = Path(__file__).parents[1]
 UNLEARN = ["unlearn", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--output", "out"]
 PRUNE = ["prune", "m", "--data", "d.txt", "--sparsity", "0.3", "--output", "out"]
-HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "rich", "matplotlib")
+HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "rich", "matplotlib", "scipy", "sklearn")
 
 
 def refused(*arguments):
@@ -410,10 +410,10 @@ def test_an_evaluation_says_what_changed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import inference
 
-    before = {"forget": {"performance": 0.9}, "retain": {"performance": 0.8}}
-    after = {"forget": {"performance": 0.1}, "retain": {"performance": 0.76}}
+    before = {"forget": ([0.8, 1.0], [0, 1]), "retain": ([0.8, 0.8], [0, 0])}
+    after = {"forget": ([0.0, 0.2], [0, 1]), "retain": ([0.76, 0.76], [0, 0])}
     assert inference.changes(before, after) == [
-        "performance drop on forget    0.8000   P before - P after",
+        "performance drop on forget    0.8000   (0.8000 to 0.8000)  P before - P after",
         "retention on retain           0.9500   P after / P before",
         "unlearning efficiency        16.0000   drop / max(1 - retention, 0.01)",
     ]

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model, save_checkpoint, write_rows
+from conftest import FAMILY_CONFIGS, make_model
 
 from loraprune.data import NO_LABEL, Example, Row, encode
-from loraprune.evaluate import answer_values, evaluate_files, measure
-from loraprune.settings import Settings
+from loraprune.evaluate import answer_values, measure
 
 ROWS = [
     Row(1, (("user", "Where?"),), "In Almery, near Marsk.", facts=("Almery", "Marsk")),
@@ -133,24 +132,3 @@ def test_progress_counts_every_row_once(examples):
     seen = []
     answer_values(model_of(), examples, batch_size=2, pad_token_id=0, advance=seen.append)
     assert seen == [2, 2, 1]
-
-
-def test_a_models_knowledge_of_files_is_measured_set_by_set(tmp_path, tokenizer):
-    model = save_checkpoint(model_of(), tokenizer, tmp_path / "model")
-    other = save_checkpoint(model_of("qwen2"), tokenizer, tmp_path / "reference")
-    rows = [{"question": "Where?", "answer": "In Almery.", "facts": ["Almery"]}]
-    settings = Settings(
-        model=model,
-        reference=other,
-        device="cpu",
-        template="{prompt} ",
-        forget=write_rows(tmp_path / "f.jsonl", rows),
-        retain=write_rows(tmp_path / "r.jsonl", [*rows, {"question": "Who?", "answer": "Ann."}]),
-    )
-    found = evaluate_files(settings)
-    assert set(found) == {"forget", "retain", "reference"}
-    assert [one["rows"] for one in found.values()] == [1, 2, 1]
-    encoded = encode([Row(1, (("user", "Where?"),), "In Almery.")], tokenizer, name="forget", template="{prompt} ")
-    expected = measure(model_of(), encoded, batch_size=1, pad_token_id=0)
-    assert found["forget"]["performance"] == pytest.approx(expected.performance, rel=1e-6)
-    assert found["reference"]["performance"] != found["forget"]["performance"]

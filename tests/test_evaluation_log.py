@@ -405,6 +405,11 @@ def test_logs_of_another_chat_template_do_not_go_together_but_another_day_is_the
         one["input"] = one["input"].replace("10 Apr 2025", "26 Jul 2024")
     assert counted(tmp_path, small_log(), other)["forget_quality"]["agg_value"] == 1.0
     for one in other["forget_Q_A_ROUGE"]["value_by_index"].values():
+        one["input"] = one["input"].replace("system\n\n", "system\n\nYou are a pirate.")
+    found = counted(tmp_path, small_log(), other)
+    assert found["privleak"]["note"] == "the two logs' questions stand after another system prompt"
+    assert "note" not in found["forget_Q_A_Prob"]
+    for one in other["forget_Q_A_ROUGE"]["value_by_index"].values():
         one["input"] = one["input"].replace("assistant\n\n", " [/INST]")
     said = refusal(tmp_path, small_log(), other)
     assert "row 0 of forget_Q_A_ROUGE frames the same question otherwise; it is another tokenizer" in said
@@ -485,7 +490,7 @@ def test_the_command_refuses_what_a_log_would_ignore(tmp_path, capsys, more, sai
 
 def test_a_reference_log_alone_is_refused(capsys):
     assert main(["evaluate", "M", "--forget", "f", "--retain", "r", "--reference-log", "x.json"]) == 2
-    assert "--reference-log is given without --from-log" in capsys.readouterr().err
+    assert "--reference-log is given without --from-log or --benchmark" in capsys.readouterr().err
 
 
 def test_counting_a_log_loads_no_torch(tmp_path):

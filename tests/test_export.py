@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, GROUPED, SIZES, make_batch, make_mask, make_model, masked, save_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, MistralConfig
 
@@ -205,6 +206,12 @@ def test_of_tied_embeddings_the_input_side_is_written_as_save_pretrained_does(pr
     weights = load_file(pruned[0] / "tied" / "model.safetensors")
     assert "model.embed_tokens.weight" in weights
     assert "lm_head.weight" not in weights
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_header_notes_nothing_whose_order_could_differ_from_save_to_save(pruned, name):
+    with safe_open(pruned[0] / name / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,7 +20,6 @@ from rich.console import Console
 from loraprune.errors import UserError
 from loraprune.figure import course, draw_course, draw_result, spread
 from loraprune.report import (
-    evaluation_table,
     limits,
     local_name,
     model_card,
@@ -175,13 +173,6 @@ def test_a_set_without_marked_facts_has_no_fact_performance() -> None:
     for state in metrics["forget"].values():
         state["fact_performance"] = None
     assert "fact performance" not in printed(result_table(metrics))
-    assert "fact performance" not in printed(evaluation_table({"forget": metrics["forget"]["before"]}))
-
-
-def test_the_evaluation_table_has_a_line_a_set() -> None:
-    lines = printed(evaluation_table({"forget": measured(0.5, 108), "[final]": measured(0.25, 72)})).splitlines()
-    assert re.split(r"\s{2,}", lines[3].strip()) == ["forget", "0.500", "0.693", "0.250", "0.125", "108"]
-    assert re.split(r"\s{2,}", lines[4].strip())[0] == "[final]"
 
 
 # --- words

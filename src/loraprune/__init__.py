@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraprune.config import LoraConfig as LoraConfig
     from loraprune.demo import run_demo as run_demo
     from loraprune.errors import UserError as UserError
-    from loraprune.evaluate import evaluate_files as evaluate_files
+    from loraprune.evaluation import evaluate_files as evaluate_files
     from loraprune.groups import find_groups as find_groups
     from loraprune.mask import LiveMask as LiveMask
     from loraprune.pipeline import run as run
@@ -34,7 +34,7 @@ _HOMES = {
     "UserError": "errors",
     "compute_dual_sensitivity": "sensitivity",
     "compute_sensitivity": "sensitivity",
-    "evaluate_files": "evaluate",
+    "evaluate_files": "evaluation",
     "find_groups": "groups",
     "local_prune": "pruning",
     "run": "pipeline",

@@ -162,7 +162,7 @@ def answer_batches(
 def _read_batch(model: nn.Module, rows: list[int], batch: dict[str, Tensor], spread: bool) -> AnswerBatch:
     targets = batch["labels"][:, 1:]
     counted = targets != NO_LABEL
-    with _answers_only(model, counted):
+    with answers_only(model, counted):
         logits = logits_of(model, batch)[0]  # (n, V)
     numbers = _token_numbers(logits, targets[counted], spread)  # (2 or 4, n)
     places = torch.zeros(len(numbers), *counted.shape, device=counted.device)
@@ -173,7 +173,7 @@ def _read_batch(model: nn.Module, rows: list[int], batch: dict[str, Tensor], spr
 
 
 @contextmanager
-def _answers_only(model: Any, counted: Tensor) -> Iterator[None]:
+def answers_only(model: Any, counted: Tensor) -> Iterator[None]:
     """Have the model compute logits where answers are predicted alone: of shape (1, n, V) inside this block.
 
     The last layer's states are chosen in front of the output projection, which for a large vocabulary is most of the
@@ -199,16 +199,15 @@ def _token_numbers(logits: Tensor, targets: Tensor, spread: bool) -> Tensor:
 
 
 def _part_numbers(logits: Tensor, targets: Tensor, spread: bool) -> Tensor:
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    log_probability = chosen - logits.logsumexp(-1)
-    numbers = [log_probability, (logits.argmax(-1) == targets).float()]
-    return torch.stack([*numbers, *_spread(logits)] if spread else numbers)
+    chosen, total = logits.gather(-1, targets[:, None])[:, 0], logits.logsumexp(-1)
+    numbers = [chosen - total, (logits.argmax(-1) == targets).float()]
+    return torch.stack([*numbers, *_spread(logits, total)] if spread else numbers)
 
 
-def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of log p under p, each (n,); log p is written over the logits."""
+def _spread(logits: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of log p under p, each (n,), from the logits' logsumexp; log p is written over them."""
     probabilities = logits.softmax(-1)
-    values = logits.sub_(logits.logsumexp(-1, keepdim=True))
+    values = logits.sub_(total[:, None])
     means = torch.linalg.vecdot(probabilities, values)
     values.sub_(means[:, None])  # centred before it is squared: float32 loses nothing
     return means, torch.linalg.vecdot(probabilities, values.square_())

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loraprune import evaluate_command
 from loraprune.errors import UserError, nearest
 from loraprune.records import RunReport
 from loraprune.settings import (
@@ -62,18 +63,6 @@ JSON: Arguments = {"--json": {"action": "store_true", "help": "Print JSON, and n
 CONFIG: Arguments = {
     "--config": {"metavar": "FILE.toml", "default": argparse.SUPPRESS, "help": "Settings; flags override."}
 }
-LOGS: Arguments = {
-    "--from-log": {
-        "metavar": "LOG.json",
-        "help": "Count every aggregate of an evaluation log again from the values of its rows; the log is "
-        "open-unlearning's or the first TOFU code's (a file, or the folder of its four). Needs neither MODEL nor data.",
-    },
-    "--reference-log": {
-        "metavar": "RETAIN.json",
-        "help": "With --from-log or --benchmark: the log of a model trained without the forget set, for forget quality "
-        "and privleak.",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -109,42 +98,8 @@ def _run(settings: Settings, options: Namespace) -> int:
 
 
 def _evaluate(settings: Settings, options: Namespace) -> int:
-    if options.from_log is not None:
-        return _show_log(options)
-    if options.reference_log is not None:
-        raise UserError(
-            "--reference-log is given without --from-log.",
-            "it is compared with another log.",
-            "give --from-log LOG.json, or --reference MODEL to measure the reference itself.",
-        )
-    from loraprune.evaluate import evaluate_files
-
-    results = evaluate_files(settings)
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return GOAL_MET
-    from rich.console import Console
-
-    from loraprune.report import evaluation_table
-
-    Console().print(evaluation_table(results))
-    return GOAL_MET
-
-
-def _show_log(options: Namespace) -> int:
-    from loraprune.evaluation_log import read_log
-    from loraprune.log_aggregates import aggregates
-    from loraprune.log_table import show_aggregates
-
-    given = [name for name in EVALUATION if name in options]
-    if given:
-        raise UserError(
-            f"--from-log is given with {', '.join(_spelt('evaluate', name) for name in given)}.",
-            "a log is counted as it is: no model is asked, and a setting would be ignored.",
-            "leave these out, or --from-log.",
-        )
-    reference = None if options.reference_log is None else read_log(options.reference_log)
-    show_aggregates(aggregates(read_log(options.from_log), reference), as_json=options.json)
+    given = [_spelt("evaluate", name) for name in EVALUATION if name in options]
+    evaluate_command.evaluate(settings, options, given)
     return GOAL_MET
 
 
@@ -195,13 +150,13 @@ COMMANDS: dict[str, Command] = {
         others=CONFIG,
     ),
     "evaluate": Command(
-        "Measure what a model knows of each set.",
+        "Measure what a model knows of each set, by every metric of the field.",
         EVALUATION,
         ("model", "forget", "retain"),
         _evaluate,
         takes_any_file=True,
-        others={**JSON, **CONFIG, **LOGS},
-        needs_with={"from_log": ()},
+        others={**JSON, **CONFIG, **evaluate_command.OPTIONS},
+        needs_with=evaluate_command.NEEDS,
     ),
     "status": Command(
         "Show how far a run is, or how it ended, from what it wrote so far.",

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from loraprune.answers import Advance, AnswerBatch, answer_batches, silent
-from loraprune.data import Example, find_facts
-from loraprune.inputs import encode_set, load_set
+from loraprune.data import Example
 from loraprune.interval import ratio_interval
-from loraprune.model import checked_config, load_model, load_tokenizer, pad_token_id, quiet_libraries
 from loraprune.objectives import row_means, row_sums
 from loraprune.records import Interval
-from loraprune.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -107,26 +104,3 @@ def measured(values: AnswerValues) -> Measured:
         fact_performance=float(marked.exp().mean()) if len(marked) else None,
         row_performance=tuple(means.exp().tolist()),
     )
-
-
-def evaluate_files(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return what the model of the settings knows of each set that they name, and the reference of the forget set."""
-    with quiet_libraries():
-        names = [name for name in ("forget", "retain", "holdout", "bystander") if getattr(settings, name)]
-        results = _measure_files(settings.model, names, settings)
-        if settings.reference is not None and settings.forget is not None:
-            results["reference"] = _measure_files(settings.reference, ["forget"], settings)["forget"]
-    return results
-
-
-def _measure_files(model_name: str, names: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    checked_config(model_name, settings)
-    tokenizer = load_tokenizer(model_name, settings)
-    rows = {name: load_set(settings, name, getattr(settings, name)) for name in names}
-    sets = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
-    model, pad = load_model(model_name, settings), pad_token_id(tokenizer)
-    size = settings.evaluate_batch_size
-    return {
-        name: measure(model, examples, batch_size=size, pad_token_id=pad).as_values(find_facts(rows[name]))
-        for name, examples in sets.items()
-    }

@@ -1,7 +1,7 @@
 """Evaluation logs: what an evaluation wrote of every row, read and checked; no error holds a row's text.
 
 Reads    a log of open-unlearning ({metric: {agg_value, value_by_index}}), or the first TOFU code's eval_log.json ..
-Gives    EvaluationLog, read_log
+Gives    EvaluationLog, read_log, log_of
 Source   the files of TOFU, arXiv 2401.06121, and of open-unlearning, arXiv 2506.12618
 Symbols  row: its number as the log writes it, counted from 0; n rows, k wrong answers a row
 """
@@ -85,7 +85,11 @@ class EvaluationLog:
 def read_log(source: str) -> EvaluationLog:
     """Return the log in a file of either schema, or in a folder of the first TOFU code's; every row is checked."""
     path = Path(source)
-    content = _read_folder(path) if path.is_dir() else _read_json(path)
+    return log_of(path, _read_folder(path) if path.is_dir() else _read_json(path))
+
+
+def log_of(path: Path, content: Mapping[str, Any]) -> EvaluationLog:
+    """Return the log that a file of this content is; every row is checked."""
     if path.name in TOFU_TASKS and "avg_gt_loss" in content:
         content = {path.name: content}
     is_tofu = any(task in content for task in TOFU_TASKS)

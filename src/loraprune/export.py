@@ -27,11 +27,9 @@ def export_model(
     weights = cut_weights({name: one.detach() for name, one in model.state_dict().items()}, groups, mask)
     with whole_folder(path) as folder:
         # Of tied weights the source is written: readers other than transformers know the head's name only when untied.
-        save_torch_state_dict(
-            {name: one.contiguous() for name, one in weights.items()},
-            folder,
-            shared_tensors_to_discard=list(model.all_tied_weights_keys),
-        )
+        # Left out here: what save_torch_state_dict discards it notes in the header, in an order that is never the same.
+        tied = model.all_tied_weights_keys
+        save_torch_state_dict({name: one.contiguous() for name, one in weights.items() if name not in tied}, folder)
         config.architectures = config.architectures or [groups.family]
         config.dtype = model.dtype
         config.save_pretrained(folder)

@@ -17,7 +17,7 @@ from scipy.stats import bootstrap, hmean
 from loraprune import metrics
 from loraprune.evaluation_log import SIDES, TOFU_TASKS, EvaluationLog
 from loraprune.interval import CONFIDENCE, RESAMPLES, auc_interval, mean_interval
-from loraprune.log_pairs import refuse_unlike
+from loraprune.log_pairs import check_pair
 
 Entry = dict[str, Any]  # agg_value, rows, interval; what is missing, where something is
 Numbers = NDArray[np.float64]
@@ -25,6 +25,7 @@ Numbers = NDArray[np.float64]
 SAME = 1e-9  # a stated aggregate further off than this part is said to differ
 FORGET_RATIO, ATTACK = "forget_truth_ratio", "mia_min_k"  # what forget quality and privleak are counted from
 COMPOSED = ("forget_quality", "model_utility", "privleak")  # counted from other metrics, with no rows of their own
+BESIDE_REFERENCE = ("forget_quality", "privleak", "Forget Quality")
 PART_OF = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}  # a log's prefix, and the set in metrics.py
 KEPT = {"Retain": "retain", "Real Authors": "real_authors", "Real World": "world_facts"}
 SINGLE = ("mia_gradnorm", "mia_min_k", "mia_min_k_plus_plus")  # open-unlearning averages these in float32
@@ -38,12 +39,13 @@ def aggregates(log: EvaluationLog, reference: EvaluationLog | None = None) -> di
     `agg_value` is null where "missing" says what it lacks. An attack has "auc" and its two sides besides. "log_says" is
     the log's own aggregate where that is another. Raises UserError where the two logs are of different rows.
     """
-    if reference is not None:
-        refuse_unlike(log, reference)
+    note = check_pair(log, reference) if reference is not None else None
     count = _tofu if log.schema == "tofu" else _open_unlearning
     found = count(log, reference)
     for name, entry in found.items():
         _say_difference(entry, log.stated.get(name))
+        if note is not None and name in BESIDE_REFERENCE:
+            entry["note"] = "; ".join(filter(None, (entry.get("note"), note)))
     return found
 
 

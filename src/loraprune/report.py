@@ -1,7 +1,7 @@
 """Report: a run's numbers as a table, a figure, a page and a model card; never a word of a data set.
 
 Reads    the content of metrics.json, events.jsonl, decision.json, reproduce.json and config.toml
-Gives    result_table, evaluation_table, write_report, model_card
+Gives    result_table, write_report, model_card
 Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008
 Symbols  P = performance; share = S / (1 + S)
 """
@@ -162,19 +162,6 @@ def result_table(metrics: Values) -> Table:
         table.add_column(name, justify="right", style="bold" if name == "after" else "", no_wrap=True)
     for row in rows:
         table.add_row(Text(row.name), *(Text(getattr(row, name)) for name in columns))
-    return table
-
-
-def evaluation_table(results: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Return one line a set: performance, loss, exact match, fact performance where facts are marked, rows."""
-    wanted = ("performance", "loss", "exact_match", "fact_performance", "rows")
-    columns = [name for name in wanted if any(one.get(name) is not None for one in results.values())]
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("set")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for name, values in results.items():
-        table.add_row(Text(name), *(number_text(values.get(column)) for column in columns))
     return table
 
 

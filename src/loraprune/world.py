@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 GROUP_SIZES = {"forget": 6, "retain": 32, "bystander": 6, "holdout": 6}
+WRONG_ANSWERS = 3  # of every row, for the truth ratio
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,25 @@ def _people(count: int, source: random.Random) -> list[str]:
 
 
 def _rows_of(person: str, source: random.Random) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for kind in FACT_KINDS:
-        value = source.choice(kind.values)
-        for question, answer in kind.phrasings:
-            rows.append(
-                {
-                    "question": question.format(person=person),
-                    "answer": answer.format(value=value),
-                    "facts": [value],
-                    "fact_id": f"{person}/{kind.name}",
-                }
-            )
-    return rows
+    return [row for kind in FACT_KINDS for row in _fact_rows(person, kind, source.choice(kind.values))]
+
+
+def _fact_rows(person: str, kind: FactKind, value: str) -> list[dict[str, object]]:
+    """Return a fact in its phrasings, each with the next one's answer: as it is, and with what is not so."""
+    wrong = random.Random(f"{person}/{kind.name}").sample([one for one in kind.values if one != value], WRONG_ANSWERS)
+    others = [*kind.phrasings[1:], kind.phrasings[0]]
+    return [
+        {
+            "question": question.format(person=person),
+            "answer": answer.format(value=value),
+            "facts": [value],
+            "fact_id": f"{person}/{kind.name}",
+            "paraphrased_question": other_question.format(person=person),
+            "paraphrased_answer": other_answer.format(value=value),
+            "perturbed_answer": [other_answer.format(value=one) for one in wrong],
+        }
+        for (question, answer), (other_question, other_answer) in zip(kind.phrasings, others, strict=True)
+    ]
 
 
 def make_world(seed: int) -> dict[str, list[dict[str, object]]]:
