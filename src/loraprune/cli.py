@@ -151,10 +151,14 @@ def _plan(settings: Settings, options: Namespace) -> int:
 
 
 def _demo(settings: Settings, options: Namespace) -> int:
-    from loraprune.demo import run_demo
+    from rich.console import Console
+
+    from loraprune.demo import run_demo, show_evidence
 
     folder = Path(settings.output or ("runs/demo" if settings.seed == 0 else f"runs/demo-{settings.seed}"))
-    return code_of(run_demo(folder, settings.seed, settings.show_examples))
+    code = code_of(run_demo(folder, settings.seed, settings.show_examples))
+    show_evidence(folder, Console())
+    return code
 
 
 COMMANDS: dict[str, Command] = {
@@ -209,7 +213,7 @@ COMMANDS: dict[str, Command] = {
         only_looks=True,
     ),
     "demo": Command(
-        "Train a tiny model, make it forget a part of what it learnt, and show the result; no download.",
+        "Train a tiny model, make it forget a part of what it learnt, attack it, and show the result; no download.",
         ("output", "seed", "show_examples"),
         (),
         _demo,
