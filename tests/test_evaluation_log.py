@@ -427,8 +427,12 @@ def test_another_tokenizer_is_seen_by_shares_that_no_number_of_tokens_fits(tmp_p
     ours["extraction_strength"]["value_by_index"]["1"]["score"] = 2 / 11
     theirs["exact_memorization"]["value_by_index"]["1"]["score"] = 7 / 13
     theirs["extraction_strength"]["value_by_index"]["1"]["score"] = 1 / 13
-    said = refusal(tmp_path, ours, theirs)
-    assert "row 1 of extraction_strength counts other numbers of tokens; it is another tokenizer" in said
+    for log in (
+        ours,
+        {name: one for name, one in ours.items() if "ROUGE" not in name},
+    ):  # the reference has the answers
+        said = refusal(tmp_path, log, theirs)
+        assert "row 1 of extraction_strength counts other numbers of tokens; it is another tokenizer" in said
 
 
 def test_logs_of_two_schemas_do_not_go_together(tmp_path):
