@@ -427,8 +427,12 @@ def test_another_tokenizer_is_seen_by_shares_that_no_number_of_tokens_fits(tmp_p
     ours["extraction_strength"]["value_by_index"]["1"]["score"] = 2 / 11
     theirs["exact_memorization"]["value_by_index"]["1"]["score"] = 7 / 13
     theirs["extraction_strength"]["value_by_index"]["1"]["score"] = 1 / 13
-    said = refusal(tmp_path, ours, theirs)
-    assert "row 1 of extraction_strength counts other numbers of tokens; it is another tokenizer" in said
+    for log in (
+        ours,
+        {name: one for name, one in ours.items() if "ROUGE" not in name},
+    ):  # the reference has the answers
+        said = refusal(tmp_path, log, theirs)
+        assert "row 1 of extraction_strength counts other numbers of tokens; it is another tokenizer" in said
 
 
 def test_logs_of_two_schemas_do_not_go_together(tmp_path):
@@ -440,16 +444,25 @@ def test_logs_of_two_schemas_do_not_go_together(tmp_path):
     [
         ("{", "it is not JSON"),
         ("[1]", "it is no JSON object"),
-        ('{"forget_Q_A_Prob": 0.5}', "is no metric with values by row"),
+        ('{"forget_Q_A_Prob": 0.5}', "forget_Q_A_Prob is no metric with values by row"),
+        ('{"Who is Basil Thorne?": {}}', "an entry without a plain name is no metric"),
+        ('{"a": {"value_by_index": {"Basil Thorne": {"score": 1}}}}', "the rows of a are not numbered"),
+        (
+            '{"eval_log.json": {"avg_gt_loss": {"Basil Thorne": 1.0}}}',
+            "the rows of avg_gt_loss of eval_log.json are not",
+        ),
         ('{"forget_Q_A_Prob": {"agg_value": 0.5}}', "holds no values of single rows"),
+        ('{"eval_log.json": {"avg_gt_loss": []}}', "eval_log.json has no avg_gt_loss"),
+        ('{"eval_log.json": {"avg_gt_loss": 1.0}}', "holds no values of single rows"),
         ('{"eval_log.json": {"rougeL_recall": [1.0]}}', "eval_log.json has no avg_gt_loss"),
     ],
 )
 def test_what_is_no_log_is_refused(tmp_path, content, said):
     path = tmp_path / "LOG.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         read_log(str(path))
+    assert SECRET not in str(caught.value)
 
 
 def test_a_folder_without_the_files_and_a_missing_file_are_refused(tmp_path):

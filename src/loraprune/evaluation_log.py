@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraprune.errors import UserError
+from loraprune.sources import PLAIN_NAME
 
 Schema = Literal["open-unlearning", "tofu"]
 LogRow = Mapping[str, Any]
@@ -94,7 +95,7 @@ def log_of(path: Path, content: Mapping[str, Any]) -> EvaluationLog:
         content = {path.name: content}
     is_tofu = any(task in content for task in TOFU_TASKS)
     log = _tofu(path, content) if is_tofu else _open_unlearning(path, content)
-    if not log.tables:
+    if not log.tables or not all(log.tables.values()):
         raise _no_log(path, "it names metrics, but holds no values of single rows")
     for table, rows in log.tables.items():
         for column in next(iter(rows.values())):
@@ -137,8 +138,9 @@ def _open_unlearning(path: Path, content: Mapping[str, Any]) -> EvaluationLog:
     tables: dict[str, Table] = {}
     stated: dict[str, float] = {}
     for name, metric in content.items():
-        if not isinstance(metric, dict):
-            raise _no_log(path, f"{name[:60]!r} is no metric with values by row")
+        if not PLAIN_NAME.fullmatch(name) or not isinstance(metric, dict):
+            shown = name if PLAIN_NAME.fullmatch(name) else "an entry without a plain name"
+            raise _no_log(path, f"{shown} is no metric with values by row")
         sides = {f"{name} {side}": metric[side] for side in SIDES if isinstance(metric.get(side), dict)}
         for table, one in (sides or {name: metric}).items():
             if one.get("value_by_index"):
@@ -153,7 +155,7 @@ def _is_number(metric: Mapping[str, Any]) -> bool:
 
 
 def _table(path: Path, table: str, values: Any) -> Table:
-    rows = _by_row(values)
+    rows = _by_row(path, table, values)
     if wrong := next((row for row, one in rows.items() if not isinstance(one, dict)), None):
         raise UserError(
             f"row {wrong} of {table} has no values, in {path}.",
@@ -163,11 +165,13 @@ def _table(path: Path, table: str, values: Any) -> Table:
     return rows
 
 
-def _by_row(values: Any) -> Mapping[str, Any]:
+def _by_row(path: Path, name: str, values: Any) -> Mapping[str, Any]:
     """Return values by row number, as logs write them: an object with numbers as keys, or a list."""
     if isinstance(values, list):
         return {str(row): one for row, one in enumerate(values)}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict) or not all(row.isdecimal() for row in values):
+        raise _no_log(path, f"the rows of {name} are not numbered")
+    return values
 
 
 def _refuse_unequal(path: Path, tables: Mapping[str, Table]) -> None:
@@ -211,10 +215,13 @@ def _tofu(path: Path, content: Mapping[str, Any]) -> EvaluationLog:
 
 def _tofu_table(path: Path, task: str, columns: Any) -> Table:
     """Return a task's columns, each by row, as rows."""
-    if not isinstance(columns, dict) or "avg_gt_loss" not in columns:
+    if not isinstance(columns, dict) or not columns.get("avg_gt_loss"):
         raise _no_log(path, f"{task} has no avg_gt_loss")
-    by_row = {name: _by_row(values) for name, values in columns.items() if isinstance(values, list | dict)}
-    first = by_row["avg_gt_loss"]
+    kept = {name: values for name, values in columns.items() if PLAIN_NAME.fullmatch(name)}
+    by_row = {
+        name: _by_row(path, f"{name} of {task}", one) for name, one in kept.items() if isinstance(one, list | dict)
+    }
+    first = by_row.get("avg_gt_loss", {})
     for name, values in by_row.items():
         refuse_other_rows(first, values, f"avg_gt_loss of {task} of {path}", f"{name} of {task} of {path}")
     return {row: {name: values[row] for name, values in by_row.items()} for row in first}

@@ -136,10 +136,11 @@ def _compare_shares(log: EvaluationLog, reference: EvaluationLog) -> None:
     Exact memorization and extraction strength are both whole numbers over t. All four must be for one t, and an
     answer has no more tokens than bytes; where none is that small, the two models read the answer in other tokens.
     """
-    texts = next((log.tables[name] for name in MEMORIZED if name in log.tables), {})
-    for row, one in texts.items():
+    texts = next((one.tables[name] for one in (log, reference) for name in MEMORIZED if name in one.tables), {})
+    for row in log.tables.get("extraction_strength", {}):
         tokens = math.lcm(*(share.denominator for share in (*_shares(log, row), *_shares(reference, row))))
-        if tokens > len(str(_answer(one)).encode()) + SPARE_TOKENS:
+        answer = _answer(texts.get(row, {}))
+        if tokens > (LONGEST if answer is None else len(answer.encode()) + SPARE_TOKENS):
             what = f"row {row} of extraction_strength counts other numbers of tokens; it is another tokenizer"
             _refuse(log, reference, what, TOKENS)
 

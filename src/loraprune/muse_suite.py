@@ -91,7 +91,7 @@ def _plain_texts(source: Source, name: str) -> list[Row]:
 def measure_muse(subject: Subject, rows: dict[str, list[Row]], reference: EvaluationLog | None) -> Content:
     """Return the rows' values of every metric of the suite under one model, in open-unlearning's schema."""
     wording = _wording(subject, rows[WORDING])
-    texts = asked(subject, wording.examples)
+    texts = asked(subject, wording.rows, wording.examples)
     if reference is not None:
         refuse_reference(reference, "forget_verbmem_ROUGE", texts, tokens_of(wording))
     columns = subject.teacher_forced(wording)
@@ -133,7 +133,7 @@ def _texts(subject: Subject, name: str, rows: Sequence[Row]) -> EncodedSet:
 def _known(subject: Subject, rows: dict[str, list[Row]], file: str) -> dict[str, Any]:
     """Return what the model answers to a file's questions, its examples standing in front."""
     examples = _after_examples(subject, rows[file], rows[f"{file}_icl"], file)
-    texts = asked(subject, examples)
+    texts = asked(subject, rows[file], examples)
     prompts = [prompt_of(one) for one in examples]
     return written(subject, file, prompts, texts, new_tokens=KNOWN_TOKENS, stops=STOPS)
 

@@ -87,11 +87,10 @@ def texts_of(subject: Subject, tokens: Sequence[Sequence[int]]) -> list[str]:
     return [str(subject.tokenizer.decode(list(one), skip_special_tokens=True)) for one in tokens]
 
 
-def asked(subject: Subject, examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Return the rows' questions, as the model reads them, and right answers."""
+def asked(subject: Subject, rows: Sequence[Row], examples: Sequence[Example]) -> list[dict[str, str]]:
+    """Return the rows' questions, as the model reads them, and right answers, whole where `--max-length` cuts them."""
     inputs = texts_of(subject, [prompt_of(one) for one in examples])
-    answers = [one.strip() for one in subject.answers(examples)]
-    return [{"input": one, "ground_truth": answer} for one, answer in zip(inputs, answers, strict=True)]
+    return [{"input": one, "ground_truth": row.answer.strip()} for one, row in zip(inputs, rows, strict=True)]
 
 
 def written(

@@ -100,7 +100,7 @@ def measure_tofu(subject: Subject, rows: dict[str, list[Row]], reference: Evalua
     """Return the rows' values of every metric of the suite under one model, in open-unlearning's schema."""
     forget = subject.encode("forget", rows["forget"])
     if reference is not None:
-        refuse_reference(reference, "forget_Q_A_ROUGE", asked(subject, forget.examples), tokens_of(forget))
+        refuse_reference(reference, "forget_Q_A_ROUGE", asked(subject, forget.rows, forget.examples), tokens_of(forget))
     content: Content = {"forget_quality": {}, "model_utility": {}}
     content |= _memorized(subject, forget) | _asked(subject, "forget", forget)
     content |= _compared(subject, "forget", rows["forget compared"], right=None)
@@ -127,7 +127,7 @@ def _asked(subject: Subject, name: str, encoded: EncodedSet) -> Content:
     found: Content = {f"{name}_Q_A_Prob": likely(columns["probability"], columns["loss"])}
     if subject.settings.rouge_rows:
         prompts = [prompt_of(one) for one in encoded.examples]
-        texts = asked(subject, encoded.examples)
+        texts = asked(subject, encoded.rows, encoded.examples)
         found[f"{name}_Q_A_ROUGE"] = written(subject, name, prompts, texts, new_tokens=ANSWER_TOKENS)
     return found
 
