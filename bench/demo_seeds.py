@@ -1,7 +1,7 @@
 """Demo on five worlds: does the demo hold its promises on seeds 0 to 4?
 
 Reads    nothing; run folders are kept in bench/cache/demo
-Gives    bench/results/demo.json and the section of docs/results.md; docs/demo.png from seed 0
+Gives    bench/results/demo.json and the section of docs/results.md; from seed 0 docs/demo.png and demo_evidence.json
 Source   -
 Symbols  P = performance
 """
@@ -9,6 +9,7 @@ Symbols  P = performance
 import json
 from typing import Any
 
+from evidence import evidence, evidence_section
 from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
 
 from loraprune.demo import run_demo
@@ -25,6 +26,8 @@ def main() -> None:
     events = [json.loads(line) for line in (folders[0] / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     draw_result(results[0], events, ROOT / "docs" / "demo.png")
     write_results("demo", results, section(results))
+    shown = evidence(folders[0])
+    write_results("demo_evidence", shown, evidence_section(shown))
 
 
 def promises(metrics: Any) -> dict[str, bool]:

@@ -1,7 +1,7 @@
 """TOFU: a small Llama learns 1,400 rows of TOFU by heart and is made to forget 200 of them.
 
 Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
-Gives    bench/results/tofu.json and the section of docs/results.md; models and run are kept in bench/cache/tofu
+Gives    bench/results/tofu.json, tofu_evidence.json and their sections of docs/results.md; models stay in bench/cache
 Source   TOFU, arXiv 2401.06121; forget05, and rows of retain90; holdout: forget10's rows that are not forget05's
 Symbols  P = performance
 """
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evidence import evidence, evidence_section
 from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
 
 from loraprune.data import load_rows
@@ -61,9 +62,10 @@ def main() -> None:
     if options.fresh and output.exists():
         output.rename(output.with_name(f"{output.name}-{int(time.time())}"))
     report = run(settings_for(output, options.seed))
-    write_results(
-        "tofu", {"settings": SETTINGS, "training_seconds": seconds, **report.metrics}, section(report.metrics, seconds)
-    )
+    values = {"settings": SETTINGS, "training_seconds": seconds, **report.metrics}
+    write_results("tofu", values, section(report.metrics, seconds))
+    shown = evidence(output)
+    write_results("tofu_evidence", shown, evidence_section(shown))
 
 
 def find_data(given: Path | None) -> Path:

@@ -1,6 +1,7 @@
 """What the tests share: tiny models of every supported family, a tokenizer of bytes, checkpoints, rows, a tiny run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 def _config(kind, **values):
     return kind(**{**SIZES, **SPECIAL, "tie_word_embeddings": False, **values})
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of published logs and data sets; a test that needs it is skipped where it is absent."""
+    folder = Path(os.environ.get("LORAPRUNE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("needs the data folder at ../shared/data or in LORAPRUNE_DATA")
+    return folder
 
 
 FAMILY_CONFIGS = {

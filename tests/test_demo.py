@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from loraprune.demo import make_inputs, settings_for
+from loraprune.evidence import measure_models, metric_rows
 from loraprune.pipeline import run
 from loraprune.scratch import Recipe
 from loraprune.world import FACT_KINDS, GROUP_SIZES, make_world
@@ -94,6 +95,17 @@ def test_a_finished_run_is_read_not_run_again(finished, world):
     again = run(settings_for(world, 0, show_examples=False, **SHORT), Console(quiet=True))
     assert again.metrics == finished[0].metrics
     assert (world / "events.jsonl").read_text() == before
+
+
+def test_the_evidence_shows_three_models_and_the_numbers_of_the_run(finished, world):
+    measured = measure_models(world, "none")
+    rows = {name: cells for name, *cells in metric_rows(measured)}
+    forget = finished[0].metrics["forget"]
+    for role, part in (("original", "before"), ("reference", "reference"), ("unlearned", "after")):
+        assert measured[role]["forget"]["performance"] == pytest.approx(forget[part]["performance"], abs=1e-9)
+    assert rows["forget quality, p"][1] == "1.000"  # the reference beside itself
+    assert not [cell for cells in rows.values() for cell in cells if "not measured" in cell]
+    assert len(rows) == 15
 
 
 def test_the_readmes_python_example_runs(world):

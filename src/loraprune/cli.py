@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loraprune import evaluate_command
 from loraprune.errors import UserError, nearest
 from loraprune.records import RunReport
 from loraprune.settings import (
@@ -84,6 +85,9 @@ class Command:
     takes_any_file: bool = False  # a settings file may hold settings that steer nothing here
     first_word: str = "model"  # the setting that is written without a flag
     others: Arguments = field(default_factory=dict)  # arguments that are no settings
+    needs_with: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what `required` shrinks to with an argument
     only_looks: bool = False  # at the run of unlearn or of prune that the values ask for; it takes that one's settings
 
     @property
@@ -102,17 +106,8 @@ def _run(settings: Settings, options: Namespace) -> int:
 
 
 def _evaluate(settings: Settings, options: Namespace) -> int:
-    from loraprune.evaluation import evaluate_files
-
-    results = evaluate_files(settings)
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return GOAL_MET
-    from rich.console import Console
-
-    from loraprune.evaluation_table import show_evaluation
-
-    show_evaluation(results, Console())
+    given = [_spelt("evaluate", name) for name in EVALUATION if name in options]
+    evaluate_command.evaluate(settings, options, given)
     return GOAL_MET
 
 
@@ -156,10 +151,14 @@ def _plan(settings: Settings, options: Namespace) -> int:
 
 
 def _demo(settings: Settings, options: Namespace) -> int:
-    from loraprune.demo import run_demo
+    from rich.console import Console
+
+    from loraprune.demo import run_demo, show_evidence
 
     folder = Path(settings.output or ("runs/demo" if settings.seed == 0 else f"runs/demo-{settings.seed}"))
-    return code_of(run_demo(folder, settings.seed, settings.show_examples))
+    code = code_of(run_demo(folder, settings.seed, settings.show_examples))
+    show_evidence(folder, Console())
+    return code
 
 
 COMMANDS: dict[str, Command] = {
@@ -184,7 +183,8 @@ COMMANDS: dict[str, Command] = {
         ("model", "forget", "retain"),
         _evaluate,
         takes_any_file=True,
-        others={**JSON, **CONFIG},
+        others={**JSON, **CONFIG, **evaluate_command.OPTIONS},
+        needs_with=evaluate_command.NEEDS,
     ),
     "attack": Command(
         "Try to bring back what a run made its model forget, and show what came back. Models, data and whatever else "
@@ -213,7 +213,7 @@ COMMANDS: dict[str, Command] = {
         only_looks=True,
     ),
     "demo": Command(
-        "Train a tiny model, make it forget a part of what it learnt, and show the result; no download.",
+        "Train a tiny model, make it forget a part of what it learnt, attack it, and show the result; no download.",
         ("output", "seed", "show_examples"),
         (),
         _demo,
@@ -281,19 +281,27 @@ def _settings(options: Namespace) -> Settings:
     settings_from(file)  # its errors, before a flag hides them
     taken = COMMANDS[options.command].settings
     flags = {name: value for name, value in given_values(options).items() if name in taken}
-    return complete(options.command, {**file, **flags})
+    needs = COMMANDS[options.command].needs_with.items()
+    needed = next((names for argument, names in needs if getattr(options, argument) is not None), None)
+    return complete(options.command, {**file, **flags}, needed=needed)
 
 
-def complete(command: str, values: Mapping[str, Any], spell: Callable[[str], str] | None = None) -> Settings:
+def complete(
+    command: str,
+    values: Mapping[str, Any],
+    spell: Callable[[str], str] | None = None,
+    needed: tuple[str, ...] | None = None,
+) -> Settings:
     """Return a command's checked settings: its defaults, overridden by `values`.
 
     Raises UserError for a setting that is missing, foreign to the command or out of range; `spell` gives the flag
-    by which a missing one is named.
+    by which a missing one is named; `needed` are the settings that must be given, None the command's own.
     """
     run = _looked_at(values) if COMMANDS[command].only_looks else command
     settings = settings_from({**COMMANDS[run].defaults, **values})
     _refuse_foreign(run, settings)
-    _refuse_missing(settings, _required(command, run), spell or partial(_spelt, run))
+    required = _required(command, run) if needed is None else needed
+    _refuse_missing(settings, required, spell or partial(_spelt, run))
     return settings
 
 

@@ -13,8 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
+from loraprune.attack import attack_run
+from loraprune.attack_findings import show_findings
 from loraprune.data import load_rows
 from loraprune.errors import UserError
+from loraprune.evidence import evidence_table, measure_models
 from loraprune.folder import RunFolder, write_text
 from loraprune.model import quiet_libraries
 from loraprune.pipeline import run
@@ -45,6 +48,18 @@ def run_demo(folder: Path, seed: int, show_examples: bool = True, console: Conso
     with quiet_libraries(), RunFolder(folder, settings).held(console.print):
         make_inputs(folder, seed)
     return run(settings, console)
+
+
+def show_evidence(folder: Path, console: Console) -> None:
+    """Measure the run's three models by the metrics of the field, attack them, and print what came of it.
+
+    Both are kept in `folder`, so that a call that was stopped goes on.
+    """
+    console.print("the original, the reference and the unlearned model by the metrics of the field:")
+    measured = measure_models(folder, str(folder / "evaluations"))
+    console.print(evidence_table(measured))
+    console.print("and what attacks bring back (some minutes; what is above is finished, Ctrl-C leaves it as it is):")
+    show_findings(attack_run(folder, {}), console)
 
 
 def settings_for(folder: Path, seed: int, **others: Any) -> Settings:

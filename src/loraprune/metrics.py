@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 Rows = NDArray[np.float64]  # (n,)
 
-EPSILON = 1e-10  # under every quotient, as in the reference implementation
+EPSILON = 1e-10  # under every quotient, as in open-unlearning; the first TOFU code has none: 0 gives its numbers
 LEAST_LOSS = 0.01  # of retention; smaller losses count as this much
 LEAST_GONE = 0.05  # of a performance; where less is gone, a share of it would be noise
 UTILITY_PARTS = tuple(
@@ -43,10 +43,10 @@ def probability(losses: ArrayLike) -> Rows:
     return np.exp(-_rows(losses))
 
 
-def probability_with_options(right: ArrayLike, wrong: ArrayLike) -> Rows:
+def probability_with_options(right: ArrayLike, wrong: ArrayLike, epsilon: float = EPSILON) -> Rows:
     """Return p / (p + sum of wrong p) a row, in [0, 1]. `right`: (n,); `wrong`: (n, k), probabilities both."""
     right = _rows(right)
-    return right / (right + _rows(wrong).sum(1) + EPSILON)
+    return right / (right + _rows(wrong).sum(1) + epsilon)
 
 
 def exact_memorization(right: Sequence[ArrayLike]) -> Rows:
@@ -84,19 +84,19 @@ def perplexity(negative_log_likelihood: float, tokens: int) -> float:
 # --- truth ratio ------------------------------------------------------------------------------------------------------
 
 
-def truth_ratio(paraphrased_losses: ArrayLike, wrong_losses: ArrayLike) -> Rows:
+def truth_ratio(paraphrased_losses: ArrayLike, wrong_losses: ArrayLike, epsilon: float = EPSILON) -> Rows:
     """Return R a row, >= 0: how likely wrong answers are beside the paraphrased right one; above 1 they are likelier.
 
     `paraphrased_losses`: (n,); `wrong_losses`: (n, k), of which the mean is taken before exp: a geometric mean.
     """
     wrong = np.exp(-_rows(wrong_losses).mean(1))
-    return wrong / (np.exp(-_rows(paraphrased_losses)) + EPSILON)
+    return wrong / (np.exp(-_rows(paraphrased_losses)) + epsilon)
 
 
-def truth_ratio_of_forgotten(ratios: ArrayLike) -> float:
+def truth_ratio_of_forgotten(ratios: ArrayLike, epsilon: float = EPSILON) -> float:
     """Return mean min(R, 1/R), in [0, 1]: 1 where wrong and right are equally likely, as for what was never learnt."""
     ratios = _rows(ratios)
-    return float(np.minimum(ratios, 1 / (ratios + EPSILON)).mean())
+    return float(np.minimum(ratios, 1 / (ratios + epsilon)).mean())
 
 
 def truth_ratio_of_kept(ratios: ArrayLike) -> float:

@@ -113,5 +113,6 @@ def underscored(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the script and return its exit code; None takes the process's own arguments."""
     given = sys.argv[1:] if arguments is None else arguments
-    parser = script_parser("prune.py", "Unlearn a forget set, or compress a model.", setting_names())
+    taken = [name for name in setting_names() if name in COMMANDS["plan"].settings]  # of unlearn and prune together
+    parser = script_parser("prune.py", "Unlearn a forget set, or compress a model.", taken)
     return exit_code(lambda: code_of(train(**read(parser, given))), debug="--debug" in given)
