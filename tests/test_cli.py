@@ -155,7 +155,7 @@ def test_a_status_takes_a_folder_and_no_settings():
 def test_an_unknown_command_is_refused_with_the_nearest_one():
     assert refused("unlern", "m") == (
         "error  there is no command unlern.\n"
-        "why    the first word names the command: unlearn, prune, evaluate, status, plan, demo.\n"
+        "why    the first word names the command: unlearn, prune, evaluate, attack, status, plan, demo.\n"
         "fix    did you mean loraprune unlearn?"
     )
 
@@ -166,7 +166,7 @@ def test_no_command_at_all_is_refused():
 
 
 def test_compression_takes_no_forget_set(tmp_path):
-    expected = "it is a setting of loraprune unlearn, evaluate, and would be ignored here."
+    expected = "it is a setting of loraprune unlearn, evaluate, attack, and would be ignored here."
     assert expected in refused(*PRUNE, "--forget", "f.jsonl")
     assert expected in refused(*PRUNE, "--config", toml(tmp_path, {"forget": "f.jsonl"}))
 

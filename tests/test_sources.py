@@ -193,6 +193,13 @@ class TestColumns:
         said = refuse(write_lines(tmp_path / "b.jsonl", record | {"perturbed_answer": [1]}))
         assert "perturbed answers that are neither a string nor a list of strings: row 1." in said
 
+    def test_questions_in_other_words_and_subjects_are_read(self, tmp_path):
+        record = {"question": "q", "answer": "a", "paraphrased_question": "p", "subject": 7}
+        other = {"question": "r", "answer": "a", "paraphrased_question": ["s", "t"], "subject": ""}
+        rows = load_rows(write_lines(tmp_path / "a.jsonl", record, other), name="forget")
+        assert [row.paraphrased_questions for row in rows] == [("p",), ("s", "t")]
+        assert [row.subject for row in rows] == ["7", None]
+
     def test_an_unknown_column_is_refused_with_the_nearest(self, tmp_path):
         said = refuse(write_lines(tmp_path / "a.jsonl", *QUESTIONS), {"prompt": "questions", "answer": "answer"})
         assert "the forget set has no column 'questions'" in said

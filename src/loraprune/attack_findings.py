@@ -41,7 +41,7 @@ MEASURES = {
 }
 GUESSED = ("multiple_choice", "yes_no")  # what stands before the attack is what guessing gets
 TAKEN = 0.5  # P of its own rows below which the training of an attack is called weak
-NOTHING = 0.005  # a share that is called nothing
+NOTHING = 0.005  # a share or a difference that is called none
 WIDE = 120  # columns of a terminal from which the words stand in the table, not below it
 CAVEAT = (
     "Nothing here is a guarantee: an attack that brings nothing back says nothing of the next one. "
@@ -138,6 +138,8 @@ def _comparison_words(finding: Values, readings: Readings, details: Values) -> s
     if interval is None:
         return "one fact cannot tell the two apart"
     bounds = f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+    if abs(excess) < NOTHING:
+        return "the two gain alike"
     if interval[0] > 0:
         return f"it gains {excess:.2f} {bounds} more than the reference: some of it was hidden, not gone"
     if interval[1] < 0:
