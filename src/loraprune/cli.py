@@ -9,6 +9,7 @@ Symbols  -
 import argparse
 import itertools
 import json
+import logging
 import sys
 import traceback
 from argparse import Namespace
@@ -235,6 +236,7 @@ def settings_of(arguments: list[str]) -> Settings:
 
 def exit_code(action: Callable[[], int], *, debug: bool) -> int:
     """Return the action's exit code, or that of how it failed, having said so on stderr."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses a kernel nobody needs
     try:
         return action()
     except UserError as error:
