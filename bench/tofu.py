@@ -41,6 +41,7 @@ RECIPE = Recipe(
     batch_size=32,
     learning_rate=1.5e-3,
 )
+ROWS_OF_AUTHOR = 20
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.3,
     "prune_rounds": 8,
@@ -81,7 +82,7 @@ def make_inputs(data: Path, seed: int) -> dict[str, float]:
     """Write the four sets and both models once; return the seconds that each model took."""
     CACHE.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
-    forget = lines(data / "forget05_perturbed.json")  # the rows of forget05, with paraphrases and wrong answers
+    forget = with_authors(lines(data / "forget05_perturbed.json"))  # with paraphrases and wrong answers
     sets = {"forget": forget, "retain": retain[:1000], "bystander": retain[1000:1200]}
     asked = set(lines(data / "forget05.json"))
     sets["holdout"] = [line for line in both if line not in asked]
@@ -95,6 +96,11 @@ def make_inputs(data: Path, seed: int) -> dict[str, float]:
             name: timed_model(CACHE / f"{name}-{seed}", learnt, world, seed)
             for name, learnt in (("untouched", [*known, *rows["forget"]]), ("reference", known))
         }
+
+
+def with_authors(rows: list[str]) -> list[str]:
+    """Return the rows with a column that tells their author: one after the other, as many rows each."""
+    return [json.dumps({**json.loads(row), "subject": f"author {i // ROWS_OF_AUTHOR}"}) for i, row in enumerate(rows)]
 
 
 def lines(path: Path) -> list[str]:

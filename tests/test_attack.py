@@ -119,7 +119,9 @@ def test_training_brings_back_what_is_only_hidden_and_not_what_the_reference_nev
     assert found["brought_back"]["unlearned"] > 0.15
     assert found["brought_back"]["reference"] < 0.1
     assert found["excess_interval"][0] > 0
-    assert "some of it was hidden, not gone" in found["conclusion"]
+    ahead = found["ahead_interval"][0] > 0
+    assert ("some of it was hidden, not gone" in found["conclusion"]) == ahead
+    assert ahead or unit == "retrain_lora"  # which leaves it level with the reference: that may be learning
 
 
 def test_the_area_between_the_curves_is_the_headline_of_relearning(report):

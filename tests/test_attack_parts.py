@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILY_CONFIGS, make_model, save_checkpoint, world_values
 
 from loraprune.attack_lens import lens
-from loraprune.attack_relearn import _batches, _train, looks, relearn
+from loraprune.attack_relearn import _batches, _train, learning_rate, looks, relearn
 from loraprune.attack_samples import contains
 from loraprune.attack_weights import _load_quantised, zero_smallest
 from loraprune.attack_wording import all_options
@@ -84,7 +84,14 @@ def test_training_ends_where_the_loss_is_not_finite(run_folder):
     model = attacked.load()
     with torch.no_grad():
         model.get_decoder().norm.weight.fill_(torch.inf)
-    assert list(_train(model, attacked, rows, 4)) == []
+    assert list(_train(model, attacked, rows, 4, 1e-3)) == []
+
+
+def test_all_weights_learn_at_a_tenth_of_the_adapters_rate_unless_a_rate_is_set():
+    rates = {weights: learning_rate(Settings(learning_rate=0.01), weights) for weights in ("all", "lora")}
+    assert rates == {"all": pytest.approx(0.001), "lora": 0.01}
+    set_for_both = Settings(attack_learning_rate=0.5)
+    assert {learning_rate(set_for_both, weights) for weights in ("all", "lora")} == {0.5}
 
 
 # --- weights ---

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,6 +65,9 @@ CONDITIONS = (
     *("attack_steps", "attack_learning_rate", "attack_samples", "attack_rows", "attack_sparsity", "learning_rate"),
     *("max_gradient_norm", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "seed"),
 )
+
+
+PROGRAM = ("loraprune", "torch", "transformers")  # what computes the results
 
 
 def attack_run(folder: Path, given: Mapping[str, Any]) -> Values:
@@ -235,6 +239,7 @@ def _conditions(settings: Settings, models: list[AttackedModel]) -> Values:
     sets: dict[str, Any] = {"forget": rows.forget, "taught": rows.taught, "shown": rows.shown, "hidden": rows.hidden}
     return {
         "settings": json.loads(json.dumps(values)),
+        "program": {**{name: version(name) for name in PROGRAM}, "device": device_of(settings).type},
         "weights_sha256": {one.role: weights_hash(one.name) or one.name for one in models},
         "data_sha256": {name: _content_hash(one) for name, one in sets.items()},
         "rows": {name: len(one) for name, one in sets.items()},
@@ -249,12 +254,14 @@ def _content_hash(rows: Sequence[Row]) -> str:
 def _refuse_other_conditions(path: Path, then: Values, now: Values) -> None:
     for part, values in now.items():
         for name, one in values.items():
-            if name in then[part] and then[part][name] != one:
-                shown = f"{name} was {then[part][name]}, now {one}" if part == "settings" else f"{name}: other content"
+            before = then.get(part, {})
+            if name in before and before[name] != one:
+                told = part in ("settings", "program")
+                shown = f"{name} was {before[name]}, now {one}" if told else f"{name}: other content"
                 raise UserError(
                     f"{path} holds results under other conditions: {shown}.",
                     "models attacked in different ways cannot be compared.",
-                    f"use the old value, or move {path.name} away to attack anew.",
+                    f"go back to what it was, or move {path.name} away to attack anew.",
                 )
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from loraprune.attacked import Values, interval_of
 from loraprune.metrics import brought_back
+from loraprune.records import Interval
 from loraprune.words import counted
 
 TITLES = {
@@ -65,13 +66,14 @@ def findings_of(results: Mapping[str, Any], roles: Sequence[str]) -> list[Values
 
 
 def _finding(unit: str, measure: str, readings: Readings, details: Values) -> Values:
-    """Return one measure's numbers: `gap` compares levels (areas where there are), `excess` what the attack added."""
+    """Return one measure's numbers: `gap` compares areas or levels, `ahead` levels, `excess` what the attack added."""
     known = readings["original"]["known"]
     shares = {role: brought_back(one["before"], one["after"], known) for role, one in readings.items()}
     values: Values = {"attack": unit, "measure": measure, "known": known, "brought_back": shares}
     if "reference" in readings:
         level = "area" if "area" in readings["unlearned"] else "after"
         values |= _told("gap", _difference(readings, [level]), readings)
+        values |= _told("ahead", _difference(readings, ["after"]), readings)
         values |= _told("excess", _difference(readings, ["after", "before"]), readings)
     return {**values, "conclusion": _conclusion(values, readings, details)}
 
@@ -134,17 +136,43 @@ def _comparison_words(finding: Values, readings: Readings, details: Values) -> s
         if "curve" in details:
             return "without a reference this cannot tell relearning from learning"
         return "without a reference nobody knows what a model gets that never saw these rows"
-    excess, interval = finding["excess"], finding["excess_interval"]
-    if interval is None:
+    if finding["excess_interval"] is None:
         return "one fact cannot tell the two apart"
-    bounds = f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+    if finding["measure"] in GUESSED:
+        return _more_often_words(finding, readings["unlearned"])
+    return f"{_gain_words(finding, readings['unlearned'])}; {_level_words(finding, readings['unlearned'])}"
+
+
+def _more_often_words(finding: Values, mine: Values) -> str:
+    """Return how answers chosen from a few compare: guessing stands before both, so levels alone are told apart."""
+    gap, interval = finding["gap"], finding["gap_interval"]
+    if interval[0] <= 0 <= interval[1]:
+        return f"{counted(mine['facts'], 'fact')} do not tell it from the reference: {gap:+.2f} {_bounds(interval)}"
+    often = "more" if gap > 0 else "less"
+    return f"right {often} often than the reference by {abs(gap):.2f} {_bounds(interval)}"
+
+
+def _gain_words(finding: Values, mine: Values) -> str:
+    excess, interval = finding["excess"], finding["excess_interval"]
     if abs(excess) < NOTHING:
         return "the two gain alike"
-    if interval[0] > 0:
-        return f"it gains {excess:.2f} {bounds} more than the reference: some of it was hidden, not gone"
-    if interval[1] < 0:
-        return f"it gains {-excess:.2f} less than the reference (difference {bounds})"
-    return f"{counted(readings['unlearned']['facts'], 'fact')} do not tell its gain from the reference's: {bounds}"
+    if interval[0] <= 0 <= interval[1]:
+        return f"{counted(mine['facts'], 'fact')} do not tell its gain from the reference's: {_bounds(interval)}"
+    return f"it gains {abs(excess):.2f} {_bounds(interval)} {'more' if excess > 0 else 'less'} than the reference"
+
+
+def _level_words(finding: Values, mine: Values) -> str:
+    """Return where the model stands to the reference under the attack; where that takes steps, by the area first."""
+    parts = [("ahead", "its highest" if "area" in mine else "its level")]
+    parts = [("gap", "its area"), *parts] if "area" in mine else parts
+    told = [f"{words} {finding[name]:+.2f} {_bounds(finding[f'{name}_interval'])}" for name, words in parts]
+    gained = finding["excess_interval"][0] > 0 and finding["excess"] >= NOTHING
+    hidden = ": some of it was hidden, not gone" if gained and finding["ahead_interval"][0] > 0 else ""
+    return f"against the reference's, {', '.join(told)}{hidden}"
+
+
+def _bounds(interval: Interval) -> str:
+    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _weak_words(details: Values) -> list[str]:

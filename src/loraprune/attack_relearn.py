@@ -24,6 +24,7 @@ from loraprune.settings import Settings
 
 Weights = Literal["all", "lora"]
 LOOKS = (1, 2, 5)  # and these times 10, 100, ...: where a curve is looked at
+FULL_RATE = 0.1  # of the adapters' learning rate, for all weights; at the whole rate they forget what they knew
 SCORED = 64  # rows of what was trained on that are asked at the end, to tell whether the training took
 
 
@@ -59,7 +60,7 @@ def _train_and_ask(
     advance(0, new_total=steps)
     model = _trainable(attacked, weights)
     curve, step = {0: attacked.answers(model, asked)}, 0
-    for step in _train(model, attacked, trained, batch_size):
+    for step in _train(model, attacked, trained, batch_size, learning_rate(attacked.settings, weights)):
         advance(1)
         if step in looks(steps):
             if not _is_finite(answers := attacked.answers(model, asked)):
@@ -90,13 +91,13 @@ def _trainable(attacked: AttackedModel, weights: Weights) -> Any:
     return attach_lora(model, attacked.settings) if weights == "lora" else model.float()
 
 
-def _train(model: Any, attacked: AttackedModel, rows: Sequence[Row], batch_size: int) -> Iterator[int]:
+def _train(model: Any, attacked: AttackedModel, rows: Sequence[Row], batch_size: int, rate: float) -> Iterator[int]:
     """Take the steps, giving the number of each once it is taken; end early where the loss is not finite."""
     settings, device = attacked.settings, next(model.parameters()).device
     torch.manual_seed(settings.seed)
     batches = _batches(attacked, rows, batch_size)
     trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=_learning_rate(settings), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for step in range(len(batches)):
         batch = {name: one.to(device) for name, one in batches[step]["retain"].items()}
         model.train()
@@ -110,8 +111,11 @@ def _train(model: Any, attacked: AttackedModel, rows: Sequence[Row], batch_size:
         yield step + 1
 
 
-def _learning_rate(settings: Settings) -> float:
-    return settings.learning_rate if settings.attack_learning_rate is None else settings.attack_learning_rate
+def learning_rate(settings: Settings, weights: Weights) -> float:
+    """Return the rate that is set, else the run's own for adapters and a tenth of it for all weights, as is usual."""
+    if settings.attack_learning_rate is not None:
+        return settings.attack_learning_rate
+    return settings.learning_rate * (1.0 if weights == "lora" else FULL_RATE)
 
 
 def _batches(attacked: AttackedModel, rows: Sequence[Row], batch_size: int) -> PairedBatches:

@@ -33,7 +33,10 @@ def quantise(attacked: AttackedModel, advance: Advance, number_format: Format) -
     before, plain_bytes = attacked.answers(plain, rows), plain.get_memory_footprint()
     del plain
     with _quietly():
-        model = _load_quantised(attacked, number_format)
+        try:
+            model = _load_quantised(attacked, number_format)
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # formats differ by machine
+            raise NotRun(f"bitsandbytes cannot load {number_format} here: {str(error).splitlines()[0]}") from error
         after = attacked.answers(model, rows)
     details: Values = {
         "quantised_modules": sum(type(one).__name__ == QUANTISED[number_format] for one in model.modules()),

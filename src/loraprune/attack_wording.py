@@ -81,12 +81,12 @@ Given = Sequence[tuple[int, AnswerTokens]]  # which fact, and what its answer wa
 
 
 def _worst(given: dict[str, Given], own: str) -> Reading:
-    """Return, for each fact, its rows' mean under the plain question, and the most that any row of any form gets."""
+    """Return, for each fact, the most that any of its rows gets under the plain question, and under any form."""
     plain, most = _by_fact(given[QUESTION.name], own), {}
     for answers in given.values():
         for fact, values in _by_fact(answers, own).items():
             most[fact] = max(most.get(fact, 0.0), *values)
-    return Reading(list(plain), [float(np.mean(one)) for one in plain.values()], [most[fact] for fact in plain])
+    return Reading(list(plain), [max(one) for one in plain.values()], [most[fact] for fact in plain])
 
 
 def _by_fact(answers: Given, own: str) -> dict[int, list[float]]:

@@ -291,7 +291,10 @@ class Settings:
         allowed=AT_LEAST_ONE,
     )
     attack_learning_rate: float | None = setting(
-        None, "attack", "Learning rate of the attacks that train; unset: learning_rate of the run.", allowed=POSITIVE
+        None,
+        "attack",
+        "Learning rate of the attacks that train; unset: learning_rate of the run, a tenth of it for all weights.",
+        allowed=POSITIVE,
     )
     attack_samples: int = setting(
         64, "attack", "Answers drawn to each question, of which the best counts.", allowed=AT_LEAST_ONE
