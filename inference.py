@@ -66,11 +66,19 @@ def changes(before: Rows, after: Rows) -> list[str]:
     drop, kept = forget_drop(mean(known), mean(left)), retention(mean(had), mean(has))
     drops = [forget_drop(*pair) for pair in zip(known, left, strict=True)]
     per_retain = unlearning_efficiency(drop, kept, None, None)["forget_per_retain"]
+    of_drop, of_kept = said(mean_interval(drops, facts)), said(ratio_interval(has, had, kept_facts))
     return [
-        f"performance drop on forget  {drop:8.4f}   {said(mean_interval(drops, facts))}P before - P after",
-        f"retention on retain         {kept:8.4f}   {said(ratio_interval(has, had, kept_facts))}P after / P before",
+        f"performance drop on forget  {drop:8.4f}   {of_drop}P before - P after, {size(facts)}",
+        f"retention on retain         {kept:8.4f}   {of_kept}P after / P before, {size(kept_facts)}",
         f"unlearning efficiency       {per_retain:8.4f}   drop / max(1 - retention, 0.01)",
+        "Rows of the retain set that were trained on show less of a loss than rows that nothing was trained on.",
     ]
+
+
+def size(facts: Sequence[int]) -> str:
+    """Return on what a number stands: the rows given, and how many facts they are."""
+    rows, different = len(facts), len(set(facts))
+    return f"on the rows given: {rows:,} ({different:,} {'fact' if different == 1 else 'facts'})"
 
 
 def mean(values: Sequence[float]) -> float:

@@ -44,6 +44,15 @@ def test_another_identity_none_and_no_folder_are_made_anew(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("below", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, below):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        Cache(tmp_path / below)
+    assert "cannot be written" in str(caught.value)
+    assert "--cache none" in str(caught.value)
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path):
     def fails():
         raise KeyboardInterrupt
@@ -82,6 +91,8 @@ def test_a_checkpoint_is_known_by_its_files_content(tmp_path, tokenizer):
     copy = save_checkpoint(model, tokenizer, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("a card says nothing to the numbers", encoding="utf-8")
     assert checkpoint_identity(copy, None) == first
+    (tmp_path / "copy" / "merges.txt").write_text("a b", encoding="utf-8")  # what a tokenizer is made of
+    assert checkpoint_identity(copy, None) != first
     config = folder / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace("1e-06", "1e-05"), encoding="utf-8")
     assert checkpoint_identity(str(folder), None) != first

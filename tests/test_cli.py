@@ -413,7 +413,8 @@ def test_an_evaluation_says_what_changed(monkeypatch):
     before = {"forget": ([0.8, 1.0], [0, 1]), "retain": ([0.8, 0.8], [0, 0])}
     after = {"forget": ([0.0, 0.2], [0, 1]), "retain": ([0.76, 0.76], [0, 0])}
     assert inference.changes(before, after) == [
-        "performance drop on forget    0.8000   (0.8000 to 0.8000)  P before - P after",
-        "retention on retain           0.9500   P after / P before",
+        "performance drop on forget    0.8000   (0.8000 to 0.8000)  P before - P after, on the rows given: 2 (2 facts)",
+        "retention on retain           0.9500   P after / P before, on the rows given: 2 (1 fact)",
         "unlearning efficiency        16.0000   drop / max(1 - retention, 0.01)",
+        "Rows of the retain set that were trained on show less of a loss than rows that nothing was trained on.",
     ]

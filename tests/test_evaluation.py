@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model, save_checkpoint, write_rows
+from conftest import FAMILY_CONFIGS, make_model, make_tokenizer, save_checkpoint, write_rows
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
@@ -348,11 +348,16 @@ def test_settings_that_change_numbers_miss_the_cache(folder, tmp_path, loads, ch
     assert len(loads) == 2
 
 
-def test_the_batch_size_does_not_miss_the_cache(folder, tmp_path, loads):
+def test_the_batch_size_misses_the_cache_only_for_what_the_model_writes(folder, tmp_path, loads, monkeypatch):
     cache = str(tmp_path / "cache")
     evaluate_files(settings_of(folder, cache=cache))
-    evaluate_files(settings_of(folder, cache=cache, evaluate_batch_size=5))
+    evaluate_files(settings_of(folder, cache=cache, rouge_rows=0, evaluate_batch_size=5))
     assert len(loads) == 1
+    read, real = [], row_scores.read_answers
+    monkeypatch.setattr(row_scores, "read_answers", lambda *given, **options: read.append(1) or real(*given, **options))
+    evaluate_files(settings_of(folder, cache=cache, evaluate_batch_size=5))
+    assert len(loads) == 2
+    assert read == []
 
 
 def test_a_killed_evaluation_goes_on_after_the_last_finished_part(folder, tmp_path, monkeypatch):
@@ -423,6 +428,43 @@ def test_a_missing_reference_is_said_before_anything_is_measured(folder, loads):
     with pytest.raises(UserError, match="there is no model"):
         evaluate_files(settings_of(folder, reference=str(folder / "nowhere")))
     assert loads == []
+
+
+@pytest.mark.parametrize(("kind", "row"), [("forget", 2), ("holdout", 4)])
+def test_a_reference_that_reads_a_row_as_other_tokens_is_refused(folder, tmp_path, loads, kind, row, capsys):
+    """A token more than one byte long, which one row of one set alone holds."""
+    rows = people_rows(kind)
+    rows[row - 1] |= {"answer": "In qqq.", "facts": ["qqq"]}
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    other = make_tokenizer()
+    other.add_tokens(["qqq"])
+    model = model_of()
+    model.resize_token_embeddings(len(other))
+    reference = save_checkpoint(model, other, tmp_path / "reference")
+    words = [*flags(folder, "holdout"), "--reference", reference, f"--{kind}", source]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert f"the reference reads row {row} of the {kind} set as other tokens" in said
+    assert "qqq" not in said
+    assert loads == []
+
+
+def test_of_the_references_holdout_nothing_is_written(folder, monkeypatch):
+    written, real = [], row_scores.Subject.written
+    monkeypatch.setattr(
+        row_scores.Subject, "written", lambda self, one: written.append((self.name, one.name)) or real(self, one)
+    )
+    compared, candidates = [], row_scores.Subject.candidates
+    monkeypatch.setattr(
+        row_scores.Subject,
+        "candidates",
+        lambda self, one: compared.append((self.name, one.name)) or candidates(self, one),
+    )
+    evaluate_files(settings_of(folder, "holdout", "reference", cache="none", rouge_rows=1))
+    reference = str(folder / "reference")
+    for parts in (written, compared):
+        assert (reference, "forget") in parts
+        assert (reference, "holdout") not in parts
 
 
 def test_the_plans_script_takes_the_same_path_and_says_what_changed(folder, capsys, monkeypatch):

@@ -223,14 +223,33 @@ def test_an_answer_of_no_token_is_left_out_of_exact_memorization_and_counted(tmp
     assert found["exact_memorization"]["left_out"] == 1
 
 
-def test_an_infinite_loss_has_no_mean_and_it_is_said(tmp_path):
-    log = small_log()
-    log["mia_loss"]["forget"]["value_by_index"]["0"]["score"] = math.inf
-    log["mia_min_k"]["forget"]["value_by_index"]["0"]["score"] = math.inf
-    found = counted(tmp_path, log, small_log())
-    for entry in (found["mia_loss"], found["mia_loss"]["forget"], found["privleak"]):
-        assert entry["agg_value"] is None
-        assert entry["missing"] == "a row holds an infinite value"
+def test_a_quotient_of_two_zeros_has_no_p_value_and_it_is_said(tmp_path):
+    log = small_tofu()
+    log["eval_log_forget.json"]["avg_paraphrased_loss"]["0"] = 2000.0
+    log["eval_log_forget.json"]["average_perturb_loss"]["0"] = [2000.0, 2000.0]
+    with pytest.warns(RuntimeWarning, match="invalid value"):
+        found = counted(tmp_path, log, small_tofu())
+    assert found["Forget Quality"]["agg_value"] is None
+    assert found["Forget Quality"]["missing"].endswith("0/0 is no number")
+    assert found["Truth Ratio Forget"]["left_out"] == 1
+
+
+def reordered(value):
+    """A log of the same rows, the last one written first."""
+    if not isinstance(value, dict):
+        return value
+    items = [(name, reordered(one)) for name, one in value.items()]
+    return dict(reversed(items) if value.keys() and all(name.isdecimal() for name in value) else items)
+
+
+def test_the_order_in_which_rows_are_written_does_not_count(tmp_path):
+    log, reference = small_log(), small_log(shift=0.25)
+    assert list(reordered(log)["mia_loss"]["forget"]["value_by_index"]) == ["2", "1", "0"]
+    expected = counted(tmp_path, log, reference)
+    assert counted(tmp_path, reordered(log), reference) == expected
+    assert counted(tmp_path, log, reordered(reference)) == expected
+    expected = counted(tmp_path, small_tofu(), small_tofu())
+    assert counted(tmp_path, reordered(small_tofu()), small_tofu()) == expected
 
 
 def test_the_first_tofu_codes_log_gives_the_leaderboards_columns(tmp_path):
@@ -333,6 +352,10 @@ def test_a_row_that_is_nan_is_named(tmp_path, table, said):
         ({"prob": None, "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob has no number"),
         ({"avg_loss": 1.0}, "row 2 of forget_Q_A_Prob has no number"),
         ({"prob": SECRET, "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob holds something that is no number"),
+        ({"prob": math.inf, "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob is infinite"),
+        ({"prob": 0.5, "avg_loss": -math.inf}, "row 2 of forget_Q_A_Prob is infinite"),
+        ({"prob": 1.01, "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob has a prob outside 0 to 1"),
+        ({"prob": -0.01, "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob has a prob outside 0 to 1"),
         ({"prob": [0.5, 0.5], "avg_loss": 1.0}, "row 2 of forget_Q_A_Prob has 2 values where the first row has 1"),
         (None, "row 2 of forget_Q_A_Prob has no values"),
     ],
@@ -341,6 +364,34 @@ def test_a_row_that_cannot_be_counted_is_named(tmp_path, value, said):
     log = small_log()
     log["forget_Q_A_Prob"]["value_by_index"]["2"] = value
     assert said in refusal(tmp_path, log)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("exact_memorization", "score"),
+        ("extraction_strength", "score"),
+        ("forget_Q_A_ROUGE", "rougeL_recall"),
+        ("forget_Q_A_ROUGE", "rouge1_recall"),
+        ("forget_Q_A_ROUGE", "rougeL_f1"),
+    ],
+)
+def test_a_share_is_within_0_and_1_but_for_rounding(tmp_path, table, column):
+    log = small_log()
+    log[table]["value_by_index"]["1"][column] = 1 + 1e-7
+    counted(tmp_path, log)
+    log[table]["value_by_index"]["1"][column] = 1.5
+    assert f"row 1 of {table} has a {column} outside 0 to 1" in refusal(tmp_path, log)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("forget_Q_A_Prob", "prob"), ("forget_Q_A_ROUGE", "rougeL_recall"), ("retain_Truth_Ratio", "score")],
+)
+def test_a_first_row_without_the_number_hides_no_metric(tmp_path, table, column):
+    log = small_log()
+    del log[table]["value_by_index"]["0"][column]
+    assert f"row 0 of {table} has no number" in refusal(tmp_path, log)
 
 
 def test_a_nan_row_of_a_side_of_an_attack_is_named(tmp_path):

@@ -202,7 +202,8 @@ def test_without_a_holdout_there_is_no_attack(folder, tmp_path, capsys):
         "no holdout01.json: there is nothing that the model never saw to tell the forget set from"
     )
     assert found["privleak"]["missing"] == found["mia_gradnorm"]["missing"] == found["mia_min_k"]["missing"]
-    assert found["forget_Q_A_ROUGE"]["missing"] == "--rouge-rows is 0: no answers were generated"
+    for name in ("forget_Q_A_ROUGE", "model_utility"):
+        assert found[name] == {"agg_value": None, "missing": "--rouge-rows is 0: no answers were generated"}
 
 
 # --- what is refused before anything is measured ----------------------------------------------------------------------
@@ -273,6 +274,26 @@ def test_arguments_that_would_be_ignored_are_refused(folder, capsys):
     assert "--output is given without --benchmark" in capsys.readouterr().err
     assert main(["evaluate", str(folder / "model"), "--from-log", "x", "--benchmark", "tofu:forget01"]) == 2
     assert "--from-log is given with --benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "more", "said"),
+    [
+        ("tofu:forget01", ["--forget", "x", "--guard", "y"], "--forget, --guard are given with"),
+        ("muse:news", ["--columns", "answer=text"], "--columns is given with --benchmark muse:news"),
+        ("lm-eval:mmlu", ["--rouge-rows", "0"], "--rouge-rows is given with"),
+        ("lm-eval:mmlu", ["--template", "{prompt} "], "--template is given with"),
+        (
+            "lm-eval:mmlu",
+            ["--compat", "open-unlearning", "--reference-log", "x"],
+            "--compat, --reference-log are given",
+        ),
+    ],
+)
+def test_settings_that_a_suite_would_ignore_are_refused(folder, capsys, benchmark, more, said):
+    words = ["evaluate", str(folder / "model"), "--benchmark", benchmark, *more, "--data", "x", "--output", "y"]
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_tofus_own_files_are_read(shared_data):

@@ -13,20 +13,32 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from math import isnan, nan
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from loraprune.errors import UserError
 from loraprune.folder import write_json
 
 Columns = dict[str, list[float]]  # a number a row under each name; NaN where a row has none
-CONTENT = (".json", ".jinja", ".model", ".py", ".safetensors")  # what of a checkpoint's files its answers depend on
+COUNTED_BY = ("loraprune", "torch", "transformers", "tokenizers", "rouge-score", "nltk")  # nltk stems for ROUGE
+CONTENT = (
+    ".json",
+    ".jinja",
+    ".model",
+    ".py",
+    ".safetensors",
+    ".txt",
+)  # what of a checkpoint's files its answers depend on
 
 
 class Cache:
     """Columns of numbers, each made once; a folder of None keeps nothing."""
 
     def __init__(self, folder: Path | None) -> None:
+        """Make the folder; raise UserError where nothing can be written there, before hours of measuring are lost."""
         self.folder = folder
+        if folder is not None:
+            _refuse_unwritable(folder)
 
     def kept(self, identity: Mapping[str, Any] | None, make: Callable[[], Columns]) -> Columns:
         """Return the columns of this identity, making and keeping them first where they are not there.
@@ -45,10 +57,22 @@ class Cache:
 
     def _write(self, path: Path, identity: Mapping[str, Any], columns: Columns) -> None:
         plain = {name: [None if isnan(one) else one for one in column] for name, column in columns.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f"{path.stem}.{os.getpid()}")  # two processes may make the same columns at a time
         write_json(own, {"identity": identity, "columns": plain})
         own.replace(path)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the cache's folder {folder} cannot be written: {error.strerror}.",
+            "what is measured is kept there part by part, so that a killed evaluation goes on.",
+            "name another folder with --cache, or keep nothing with --cache none.",
+        ) from None
 
 
 def _read(path: Path) -> Columns:
@@ -90,7 +114,7 @@ def checkpoint_identity(name: str, commit: str | None) -> str | None:
 
 def program_identity() -> dict[str, str]:
     """Return what computes the numbers: versions, and this package's own source, which may change within one."""
-    versions = {name: version(name) for name in ("loraprune", "torch", "transformers")}
+    versions = {name: version(name) for name in COUNTED_BY}
     return {**versions, "source": _files_hash(sorted(Path(__file__).parent.glob("*.py")))}
 
 

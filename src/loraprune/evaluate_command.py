@@ -41,12 +41,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 NEEDS: Mapping[str, tuple[str, ...]] = {"from_log": (), "benchmark": ("model",)}  # instead of MODEL, forget and retain
+SETS_OWN = ("forget", "retain", "holdout", "bystander", "guard", "columns")  # a suite reads its own files
+HARNESS_OWN = ("compat", "rouge_rows", "reference", "template")  # lm-eval asks and scores in its own way
 ONLY_WITH = {"reference_log": ("from_log", "benchmark"), "data": ("benchmark",), "output": ("benchmark",)}
 
 
 def evaluate(settings: Settings, options: Namespace, given: Sequence[str]) -> None:
     """Print what was asked for; `given` are the settings of the command line as they are written."""
-    _refuse_idle(options)
+    _refuse_idle(options, given)
     if options.from_log is not None:
         _show_log(options, given)
     elif options.benchmark is not None:
@@ -55,7 +57,7 @@ def evaluate(settings: Settings, options: Namespace, given: Sequence[str]) -> No
         _show_sets(settings, as_json=options.json)
 
 
-def _refuse_idle(options: Namespace) -> None:
+def _refuse_idle(options: Namespace, given: Sequence[str]) -> None:
     """Raise UserError for an argument that would be ignored."""
     if options.from_log is not None and options.benchmark is not None:
         raise UserError("--from-log is given with --benchmark.", "the one measures, the other counts.", "give one.")
@@ -67,6 +69,24 @@ def _refuse_idle(options: Namespace) -> None:
                 "it would be ignored.",
                 f"add {needed}, or leave {_flag(name)} out.",
             )
+
+    if options.benchmark is not None:
+        _refuse_idle_in_benchmark(options, given)
+
+
+def _refuse_idle_in_benchmark(options: Namespace, given: Sequence[str]) -> None:
+    """Raise UserError for a setting that says which rows are measured, or how, where the suite itself does."""
+    is_harness = options.benchmark.partition(":")[0] == "lm-eval"
+    idle = [name for name in (*SETS_OWN, *(HARNESS_OWN if is_harness else ())) if _flag(name) in given]
+    if is_harness and options.reference_log is not None:
+        idle.append("reference_log")
+    if idle:
+        raise UserError(
+            f"{', '.join(map(_flag, idle))} {'is' if len(idle) == 1 else 'are'} given with "
+            f"--benchmark {options.benchmark}.",
+            "the suite has rows and metrics of its own, and this would be ignored.",
+            f"leave {'it' if len(idle) == 1 else 'these'} out, or --benchmark.",
+        )
 
 
 def _flag(name: str) -> str:

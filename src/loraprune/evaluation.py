@@ -18,12 +18,13 @@ from loraprune.membership import Attack, Side, attack, leakage
 from loraprune.metrics import forget_quality, perplexity, probability, truth_ratio_of_forgotten, truth_ratio_of_kept
 from loraprune.model import check_machine, quiet_libraries
 from loraprune.records import Interval
-from loraprune.row_scores import ROUGE, EncodedSet, Subject
+from loraprune.row_scores import ROUGE, EncodedSet, Subject, refuse_other_tokens
 from loraprune.settings import Settings
 
 Entry = dict[str, Any]
 SETS = ("forget", "retain", "holdout", "bystander", "guard")
 OF_REFERENCE = ("forget", "holdout")  # the sets that a reference is measured on
+READ_ONLY = {"model": ("guard",), "reference": ("holdout",)}  # sets of which one pass over the rows is all that counts
 MEANS = ("extraction_strength", "exact_memorization", "probability", "exact_match", "loss")  # over all rows
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradient_norm")
 FEW_FACTS = "an interval needs at least two facts on a side"
@@ -83,6 +84,8 @@ def evaluate(settings: Settings) -> Evaluation:
             label: {name: one.encode(name, those) for name, those in rows.items() if _asked_of(label, name)}
             for label, one in subjects.items()
         }
+        for name, one in encoded.get("reference", {}).items():
+            refuse_other_tokens(encoded["model"][name], one)
         scored = {label: _score(subjects.pop(label), label, sets) for label, sets in encoded.items()}
     return Evaluation(_values(scored["model"], scored.get("reference", {}), settings), scored["model"])
 
@@ -94,11 +97,15 @@ def _asked_of(label: str, name: str) -> bool:
 def _score(subject: Subject, label: str, sets: Mapping[str, EncodedSet]) -> dict[str, Scored]:
     """Return every set's rows' scores; the subject's weights go when it does."""
     attacked = OF_REFERENCE if label == "model" and set(OF_REFERENCE) <= sets.keys() else ()
-    return {name: _score_set(subject, one, attacked=name in attacked) for name, one in sets.items()}
+    read_only = READ_ONLY[label]
+    return {
+        name: _score_set(subject, one, whole=name not in read_only, attacked=name in attacked)
+        for name, one in sets.items()
+    }
 
 
-def _score_set(subject: Subject, one: EncodedSet, *, attacked: bool) -> Scored:
-    settings, whole = subject.settings, one.name != "guard"  # of the guard, other text, the loss is all that counts
+def _score_set(subject: Subject, one: EncodedSet, *, whole: bool, attacked: bool) -> Scored:
+    settings = subject.settings
     return Scored(
         one,
         subject.teacher_forced(one),

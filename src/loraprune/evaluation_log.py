@@ -32,6 +32,9 @@ TOFU_TASKS = {
 }
 TOFU_NUMBERS = ("avg_gt_loss", "rougeL_recall", "average_perturb_loss", "avg_paraphrased_loss")
 NUMBERS = ("prob", "avg_loss", "score", "rouge1_recall", "rougeL_recall", "rougeL_f1", *TOFU_NUMBERS)
+SHARES = ("prob", "rouge1_recall", "rougeL_recall", "rougeL_f1")  # in [0, 1], as are scores of these metrics:
+SHARES_OF_TOKENS = ("exact_memorization", "extraction_strength")
+SPARE = 1e-6  # by which rounding may carry a share past its ends
 MAY_BE_NULL = "exact_memorization"  # open-unlearning writes null for an answer of no token, and leaves it out
 
 
@@ -58,10 +61,10 @@ class EvaluationLog:
         rows = self.tables[table]
         first = next(iter(rows.values())).get(column)
         length = len(first) if isinstance(first, list) else None
-        values = [self._value(table, row, one.get(column), length) for row, one in rows.items()]
+        values = [self._value(table, row, column, one.get(column), length) for row, one in rows.items()]
         return np.array(values, dtype=np.float64)
 
-    def _value(self, table: str, row: str, value: Any, length: int | None) -> Any:
+    def _value(self, table: str, row: str, column: str, value: Any, length: int | None) -> Any:
         many = value if isinstance(value, list) else [value]
         if isinstance(value, list) != (length is not None) or len(many) != (length or 1):
             self.refuse_row(table, row, f"has {len(many)} values where the first row has {length or 1}")
@@ -70,8 +73,10 @@ class EvaluationLog:
                 return math.nan
             if isinstance(one, bool) or not isinstance(one, int | float):
                 self.refuse_row(table, row, "has no number" if one is None else "holds something that is no number")
-            if math.isnan(one):
-                self.refuse_row(table, row, "is NaN")
+            if not math.isfinite(one):
+                self.refuse_row(table, row, "is NaN" if math.isnan(one) else "is infinite")
+            if _is_share(table, column) and not -SPARE <= one <= 1 + SPARE:
+                self.refuse_row(table, row, f"has a {column} outside 0 to 1")
         return value
 
     def refuse_row(self, table: str, row: str, what: str) -> NoReturn:
@@ -81,6 +86,15 @@ class EvaluationLog:
             "an aggregate over such a row, or without it, would not be the one that the log's metric means.",
             "evaluate that model again, or take the row out of every metric of both logs.",
         )
+
+
+def columns_of(rows: Table) -> tuple[str, ...]:
+    """Return the columns that any row has: a row that lacks one is refused by number, whichever it is."""
+    return tuple(dict.fromkeys(column for row in rows.values() for column in row))
+
+
+def _is_share(table: str, column: str) -> bool:
+    return column in SHARES or (column == "score" and table.lower() in SHARES_OF_TOKENS)
 
 
 def read_log(source: str) -> EvaluationLog:
@@ -98,7 +112,7 @@ def log_of(path: Path, content: Mapping[str, Any]) -> EvaluationLog:
     if not log.tables or not all(log.tables.values()):
         raise _no_log(path, "it names metrics, but holds no values of single rows")
     for table, rows in log.tables.items():
-        for column in next(iter(rows.values())):
+        for column in columns_of(rows):
             if column in NUMBERS:
                 log.numbers(table, column)
     return log
@@ -166,12 +180,12 @@ def _table(path: Path, table: str, values: Any) -> Table:
 
 
 def _by_row(path: Path, name: str, values: Any) -> Mapping[str, Any]:
-    """Return values by row number, as logs write them: an object with numbers as keys, or a list."""
+    """Return values by row number, in its order, from what logs write: an object with numbers as keys, or a list."""
     if isinstance(values, list):
         return {str(row): one for row, one in enumerate(values)}
     if not isinstance(values, dict) or not all(row.isdecimal() for row in values):
         raise _no_log(path, f"the rows of {name} are not numbered")
-    return values
+    return {row: values[row] for row in sorted(values, key=int)}
 
 
 def _refuse_unequal(path: Path, tables: Mapping[str, Table]) -> None:
@@ -187,7 +201,7 @@ def _set_of(table: str) -> str:
     name = table.lower()
     if name.startswith("mia_"):
         return f"mia {name.split()[-1]}"
-    if name in ("exact_memorization", "extraction_strength"):
+    if name in SHARES_OF_TOKENS:
         return "memorization"
     for part in ("_q_a_", "_truth_ratio"):
         if part in name:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap, hmean
 
 from loraprune import metrics
-from loraprune.evaluation_log import SIDES, TOFU_TASKS, EvaluationLog
+from loraprune.evaluation_log import SIDES, TOFU_TASKS, EvaluationLog, columns_of
 from loraprune.interval import CONFIDENCE, RESAMPLES, auc_interval, mean_interval
 from loraprune.log_pairs import check_pair
 
@@ -30,6 +30,7 @@ PART_OF = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}  # a l
 KEPT = {"Retain": "retain", "Real Authors": "real_authors", "Real World": "world_facts"}
 SINGLE = ("mia_gradnorm", "mia_min_k", "mia_min_k_plus_plus")  # open-unlearning averages these in float32
 NO_REFERENCE = "no --reference-log: the log of a model trained without the forget set"
+NO_QUOTIENT = "a row's probabilities are so small that they are 0, and 0/0 is no number"
 NO_VALUES = "the log holds no values of single rows for it"
 
 
@@ -57,7 +58,7 @@ def _say_difference(entry: Entry, stated: float | None) -> None:
 
 def _entry(value: float, rows: int, interval: Sequence[float] | None) -> Entry:
     entry: Entry = {"agg_value": value, "rows": rows, "interval": None if interval is None else list(interval)}
-    return entry if math.isfinite(value) else {**entry, "agg_value": None, "missing": "a row holds an infinite value"}
+    return entry if math.isfinite(value) else {**entry, "agg_value": None, "missing": NO_QUOTIENT}
 
 
 def _missing(what: str) -> Entry:
@@ -98,7 +99,7 @@ def _counted(log: EvaluationLog, name: str) -> Entry:
         return _attack(log, name)
     if name not in log.tables:
         return _missing(NO_VALUES)
-    columns = next(iter(log.tables[name].values())).keys()
+    columns = columns_of(log.tables[name])
     if "truth_ratio" in name.lower():
         return _truth_ratio(log.numbers(name, "score"), forgotten=name.lower().startswith("forget"))
     if "rougeL_recall" in columns:
@@ -119,7 +120,9 @@ def _truth_ratio(ratios: Numbers, *, forgotten: bool, epsilon: float = metrics.E
 
 def _attack(log: EvaluationLog, name: str) -> Entry:
     members, others = (log.numbers(f"{name} {side}", "score") for side in SIDES)
-    entry = _entry(_auc(members, others), members.size + others.size, _auc_interval([(members, others)]))
+    entry = _entry(
+        metrics.membership_auc(members, others), members.size + others.size, _auc_interval([(members, others)])
+    )
     entry["auc"] = entry["agg_value"]
     for side, scores in zip(SIDES, (members, others), strict=True):
         entry[side] = _mean(scores)
@@ -205,18 +208,13 @@ def _privleak(log: EvaluationLog, reference: EvaluationLog | None) -> Entry:
     ours, theirs = _attacked(log), _attacked(reference) if reference else None
     if ours is None:
         return _missing(f"the log has no {ATTACK} of forget and holdout rows")
-    auc, rows = _auc(*ours), sum(map(len, ours))
+    auc, rows = metrics.membership_auc(*ours), sum(map(len, ours))
     if theirs is not None:
-        value = metrics.privleak(auc, _auc(*theirs))
+        value = metrics.privleak(auc, metrics.membership_auc(*theirs))
         return _entry(value, rows, _auc_interval([ours, theirs], metrics.privleak))
     lacking = NO_REFERENCE if reference is None else f"the reference's log has no {ATTACK} of forget and holdout rows"
     entry = _entry(metrics.privleak(auc), rows, _auc_interval([ours], metrics.privleak))
     return {**entry, "missing": f"{lacking}; the AUC of guessing, {metrics.NO_MEMBER_AUC}, stands for the reference's"}
-
-
-def _auc(members: Numbers, others: Numbers) -> float:
-    finite = np.isfinite(members).all() and np.isfinite(others).all()
-    return metrics.membership_auc(members, others) if finite else math.nan
 
 
 def _auc_interval(attacks: Sequence[tuple[Any, Any]], of: Callable[..., Any] = lambda auc: auc) -> Any:

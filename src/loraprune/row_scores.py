@@ -1,7 +1,7 @@
 """Row scores: every row's value of every metric under one model, each part of them in one pass and kept in a cache.
 
 Reads    a checkpoint, sets of rows, the settings of an evaluation
-Gives    Subject: teacher_forced, written, candidates, gradients; EncodedSet
+Gives    Subject: teacher_forced, written, candidates, gradients; EncodedSet; refuse_other_tokens
 Source   metrics.py, rouge.py and membership.py say what each value is
 Symbols  a column = one number a row, NaN where the row has none; "row" = where a column's rows stand in their set
 """
@@ -51,6 +51,18 @@ class EncodedSet:
     def compared(self) -> list[int]:
         """Return the places of rows that have wrong answers to be compared with."""
         return [index for index, row in enumerate(self.rows) if row.perturbed_answers]
+
+
+def refuse_other_tokens(ours: EncodedSet, theirs: EncodedSet) -> None:
+    """Raise UserError for the first row that a reference reads as other tokens, or answers from another place on."""
+    for row, our, their in zip(ours.rows, ours.examples, theirs.examples, strict=True):
+        if (our.input_ids, our.labels) != (their.input_ids, their.labels):
+            raise UserError(
+                f"the reference reads row {row.number} of the {ours.name} set as other tokens: "
+                f"{len(their.input_ids)}, the model {len(our.input_ids)}.",
+                "P, truth ratio and every attack are means over tokens; over other tokens they cannot be compared.",
+                "give a --reference with the model's tokenizer and chat template.",
+            )
 
 
 class Subject:
@@ -130,7 +142,10 @@ class Subject:
             scores = rouge(self.answers(examples), self._texts([answer for [answer] in tokens]))
             return {name: [getattr(each, name) for each in scores] for name in ROUGE}
 
-        columns = self.cache.kept(self._identity("written", examples, new_tokens=ANSWER_TOKENS), make)
+        # Rows padded to other lengths round otherwise, and a token that another one nearly ties with may change.
+        batch = self.settings.evaluate_batch_size
+        identity = self._identity("written", examples, new_tokens=ANSWER_TOKENS, batch_size=batch)
+        columns = self.cache.kept(identity, make)
         return {"row": [float(index) for index in chosen], **columns}
 
     def candidates(self, one: EncodedSet) -> Columns:

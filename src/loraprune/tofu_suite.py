@@ -48,7 +48,7 @@ def run_tofu(settings: Settings, request: "Request") -> dict[str, Entry]:
         content = measure_tofu(subject, rows, reference)
     found = write_log(Path(request.output), "TOFU", content, reference)
     no_holdout = None if "holdout" in rows else NO_HOLDOUT.format(_holdout(request.split))
-    rouge = [f"{name}_Q_A_ROUGE" for name in ("forget", *KEPT)]
+    rouge = [*(f"{name}_Q_A_ROUGE" for name in ("forget", *KEPT)), "model_utility"]  # utility is made of ROUGE as well
     return dict(sorted((found | not_measured(settings, rouge, no_holdout)).items()))
 
 
