@@ -34,6 +34,7 @@ from loraprune.folder import PATIENCE, write_json
 from loraprune.inputs import load_set, split_kept
 from loraprune.model import check_machine, checked_config, device_of, quiet_libraries, weights_hash
 from loraprune.progress import stage
+from loraprune.row_scores import EncodedSet, refuse_other_tokens
 from loraprune.settings import Settings, flag, settings_from
 
 RESULTS, LOCK, SCHEMA = "attacks.json", "attacks.lock", 1
@@ -154,6 +155,10 @@ def _models(folder: Path, settings: Settings, run_seed: int) -> list[AttackedMod
         if (name := names[role]) is not None:
             _check_model(role, name, settings)
             models.append(AttackedModel.of(role, name, settings, rows))
+    for other in models[1:]:
+        refuse_other_tokens(
+            *(EncodedSet("forget", rows.forget, one.examples(rows.forget), ()) for one in (models[0], other))
+        )
     return models
 
 
