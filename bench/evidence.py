@@ -20,9 +20,9 @@ CACHE = ROOT / "bench" / "cache" / "evaluations"
 Values = dict[str, Any]
 
 
-def evidence(folder: Path) -> Values:
+def evidence(folder: Path, **attack_settings: Any) -> Values:
     """Return what the three models know by every metric, and what every attack brings back of it."""
-    metrics, report = measure_models(folder, str(CACHE)), attack_run(folder, {})
+    metrics, report = measure_models(folder, str(CACHE)), attack_run(folder, attack_settings)
     return {"metrics": metrics, "findings": report["findings"], "readings": _readings(report["results"])}
 
 
