@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraprune.errors import UserError
-from loraprune.settings import Settings
+from loraprune.settings import Settings, flag
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--from-log": {
@@ -63,13 +63,12 @@ def _refuse_idle(options: Namespace, given: Sequence[str]) -> None:
         raise UserError("--from-log is given with --benchmark.", "the one measures, the other counts.", "give one.")
     for name, with_one in ONLY_WITH.items():
         if getattr(options, name) is not None and not any(getattr(options, one) is not None for one in with_one):
-            needed = " or ".join(_flag(one) for one in with_one)
+            needed = " or ".join(flag(one) for one in with_one)
             raise UserError(
-                f"{_flag(name)} is given without {needed}.",
+                f"{flag(name)} is given without {needed}.",
                 "it would be ignored.",
-                f"add {needed}, or leave {_flag(name)} out.",
+                f"add {needed}, or leave {flag(name)} out.",
             )
-
     if options.benchmark is not None:
         _refuse_idle_in_benchmark(options, given)
 
@@ -77,20 +76,16 @@ def _refuse_idle(options: Namespace, given: Sequence[str]) -> None:
 def _refuse_idle_in_benchmark(options: Namespace, given: Sequence[str]) -> None:
     """Raise UserError for a setting that says which rows are measured, or how, where the suite itself does."""
     is_harness = options.benchmark.partition(":")[0] == "lm-eval"
-    idle = [name for name in (*SETS_OWN, *(HARNESS_OWN if is_harness else ())) if _flag(name) in given]
+    idle = [name for name in (*SETS_OWN, *(HARNESS_OWN if is_harness else ())) if flag(name) in given]
     if is_harness and options.reference_log is not None:
         idle.append("reference_log")
     if idle:
         raise UserError(
-            f"{', '.join(map(_flag, idle))} {'is' if len(idle) == 1 else 'are'} given with "
+            f"{', '.join(map(flag, idle))} {'is' if len(idle) == 1 else 'are'} given with "
             f"--benchmark {options.benchmark}.",
             "the suite has rows and metrics of its own, and this would be ignored.",
             f"leave {'it' if len(idle) == 1 else 'these'} out, or --benchmark.",
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _show_log(options: Namespace, given: Sequence[str]) -> None:

@@ -30,14 +30,20 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], f
     sums = [np.bincount(where, weights=np.asarray(one, dtype=np.float64)) for one in (numerators, denominators)]
     if len(names) < 2 or not all(np.isfinite(one).all() for one in sums):
         return None
+    return resampled_interval(sums, lambda above, below, axis: above.sum(axis=axis) / below.sum(axis=axis), paired=True)
+
+
+def resampled_interval(samples: Sequence[Any], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:
+    """Return the 95% bootstrap interval of a statistic of samples, (n,) each; `paired` ones are drawn together."""
+    drawn = len(samples[0]) if paired else sum(map(len, samples))
     found = bootstrap(
-        tuple(sums),
-        lambda above, below, axis: above.sum(axis=axis) / below.sum(axis=axis),
-        paired=True,
+        tuple(samples),
+        statistic,
+        paired=paired,
         vectorized=True,
         method="percentile",
         n_resamples=RESAMPLES,
-        batch=max(1, NUMBERS_AT_ONCE // len(names)),
+        batch=max(1, NUMBERS_AT_ONCE // drawn),
         confidence_level=CONFIDENCE,
         rng=np.random.default_rng(0),
     ).confidence_interval
@@ -76,17 +82,7 @@ def auc_interval(
         pairs = (drawn[0] @ counts[0]) * (drawn[1] @ counts[1])
         return of(*(((drawn[0] @ won) * drawn[1]).sum(-1) / pairs for won in wins))
 
-    found = bootstrap(
-        tuple(np.arange(size) for size in sizes),
-        statistic,
-        vectorized=True,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        batch=max(1, NUMBERS_AT_ONCE // sum(sizes)),
-        confidence_level=CONFIDENCE,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    return resampled_interval([np.arange(size) for size in sizes], statistic)
 
 
 def _wins_by_fact(members: Scores, others: Scores, member_of: Any, other_of: Any) -> Array:

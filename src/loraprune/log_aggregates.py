@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, hmean
+from scipy.stats import hmean
 
 from loraprune import metrics
 from loraprune.evaluation_log import SIDES, TOFU_TASKS, EvaluationLog, columns_of
-from loraprune.interval import CONFIDENCE, RESAMPLES, auc_interval, mean_interval
+from loraprune.interval import auc_interval, mean_interval, resampled_interval
 from loraprune.log_pairs import check_pair
 
 Entry = dict[str, Any]  # agg_value, rows, interval; what is missing, where something is
@@ -180,10 +180,7 @@ def _utility_interval(rows: Mapping[str, Numbers]) -> Sequence[float] | None:
         places = dict(zip(sets, drawn, strict=True))
         return hmean([one[places[_set(name)]].mean(axis) for name, one in rows.items()])
 
-    sizes = [np.arange(size) for size in sets.values()]
-    options: Any = {"method": "percentile", "n_resamples": RESAMPLES, "confidence_level": CONFIDENCE}
-    found = bootstrap(sizes, utility, vectorized=True, rng=np.random.default_rng(0), **options).confidence_interval
-    return float(found.low), float(found.high)
+    return resampled_interval([np.arange(size) for size in sets.values()], utility)
 
 
 def _forget_quality(log: EvaluationLog, reference: EvaluationLog | None) -> Entry:

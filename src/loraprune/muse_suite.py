@@ -18,7 +18,7 @@ from loraprune.evaluation_log import EvaluationLog, read_log
 from loraprune.log_aggregates import Entry
 from loraprune.log_writer import Content, scored, write_log
 from loraprune.model import check_machine, quiet_libraries
-from loraprune.row_scores import EncodedSet, Subject
+from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import Row, load_rows
 from loraprune.suite import (
@@ -26,7 +26,6 @@ from loraprune.suite import (
     asked,
     log_attacks,
     not_measured,
-    prompt_of,
     refuse_reference,
     tokens_of,
     written,

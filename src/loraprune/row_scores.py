@@ -104,12 +104,13 @@ class Subject:
         template, length = self.settings.template, self.settings.max_length
         return encode(rows, self.tokenizer, name=name, template=template, max_length=length)
 
-    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+    def texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Return tokens as text, special ones left out."""
         return [str(self.tokenizer.decode(one, skip_special_tokens=True)) for one in tokens]
 
     def answers(self, examples: Sequence[Example]) -> list[str]:
         """Return the text of the rows' labelled tokens, special tokens left out."""
-        return self._texts([[label for label in one.labels if label != NO_LABEL] for one in examples])
+        return self.texts([[label for label in one.labels if label != NO_LABEL] for one in examples])
 
     # --- the parts ----------------------------------------------------------------------------------------------------
 
@@ -134,12 +135,12 @@ class Subject:
             with stage(f"write {one.name}", count) as advance:
                 tokens = generate(
                     self.model,
-                    [_prompt(example) for example in examples],
+                    [prompt_of(example) for example in examples],
                     end_token_ids=end_tokens(self.model, self.tokenizer),
                     advance=advance,
                     **self.options,
                 )
-            scores = rouge(self.answers(examples), self._texts([answer for [answer] in tokens]))
+            scores = rouge(self.answers(examples), self.texts([answer for [answer] in tokens]))
             return {name: [getattr(each, name) for each in scores] for name in ROUGE}
 
         # Rows padded to other lengths round otherwise, and a token that another one nearly ties with may change.
@@ -200,7 +201,7 @@ def teacher_forced(
     return columns
 
 
-def _prompt(example: Example) -> tuple[int, ...]:
+def prompt_of(example: Example) -> tuple[int, ...]:
     """Return the tokens before the row's first answer token."""
     first = next(place for place, label in enumerate(example.labels) if label != NO_LABEL)
     return example.input_ids[:first]

@@ -20,7 +20,7 @@ from loraprune.log_pairs import check_pair, check_tokens
 from loraprune.log_writer import Content, attacked, metric
 from loraprune.progress import stage
 from loraprune.rouge import rouge
-from loraprune.row_scores import EncodedSet, Subject
+from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import LOOKS_LIKE_FILE, Record, Row, load_rows, read_source
 
@@ -71,25 +71,14 @@ class Source:
         return f"{self.where}:{config}:{split or 'train'}"
 
 
-def prompt_of(example: Example) -> tuple[int, ...]:
-    """Return the tokens before an example's first answer token."""
-    first = next(place for place, label in enumerate(example.labels) if label != NO_LABEL)
-    return example.input_ids[:first]
-
-
 def tokens_of(encoded: EncodedSet) -> list[int]:
     """Return how many answer tokens each row has, the last one left out."""
     return [sum(label != NO_LABEL for label in one.labels) - 1 for one in encoded.examples]
 
 
-def texts_of(subject: Subject, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Return tokens as text, special ones left out."""
-    return [str(subject.tokenizer.decode(list(one), skip_special_tokens=True)) for one in tokens]
-
-
 def asked(subject: Subject, rows: Sequence[Row], examples: Sequence[Example]) -> list[dict[str, str]]:
     """Return the rows' questions, as the model reads them, and right answers, whole where `--max-length` cuts them."""
-    inputs = texts_of(subject, [prompt_of(one) for one in examples])
+    inputs = subject.texts([prompt_of(one) for one in examples])
     return [{"input": one, "ground_truth": row.answer.strip()} for one, row in zip(inputs, rows, strict=True)]
 
 
@@ -112,7 +101,7 @@ def written(
             advance=advance,
             **subject.options,
         )
-    texts = [_until(text, stops).strip() for text in texts_of(subject, [answer for [answer] in made])]
+    texts = [_until(text, stops).strip() for text in subject.texts([answer for [answer] in made])]
     scores = [asdict(one) for one in rouge([row["ground_truth"] for row in rows], texts)]
     pairs = zip(scores, rows, texts, strict=True)
     return metric([{**{one: score[one] for one in LOGGED}, **row, "generation": text} for score, row, text in pairs])

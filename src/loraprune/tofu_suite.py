@@ -21,10 +21,10 @@ from loraprune.log_aggregates import Entry
 from loraprune.log_writer import Content, likely, metric, scored, write_log
 from loraprune.metrics import probability_with_options, truth_ratio
 from loraprune.model import check_machine, quiet_libraries
-from loraprune.row_scores import EncodedSet, Subject
+from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import Row
-from loraprune.suite import Source, asked, log_attacks, not_measured, prompt_of, refuse_reference, tokens_of, written
+from loraprune.suite import Source, asked, log_attacks, not_measured, refuse_reference, tokens_of, written
 
 if TYPE_CHECKING:
     from loraprune.benchmark import Request
