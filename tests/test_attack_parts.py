@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_model, save_checkpoint, world_values
 
+from loraprune.attack_findings import _gain_words
 from loraprune.attack_lens import lens
 from loraprune.attack_relearn import _batches, _train, learning_rate, looks, relearn
 from loraprune.attack_samples import contains
@@ -215,3 +216,14 @@ def test_wrong_options_are_the_rows_own_or_those_of_other_facts():
     assert set(options[1][1:]) == {"a", "e"}  # not d, of its own fact, nor D!, which is d to a reader
     assert options == all_options(rows, 0)
     assert all_options([row(1, "a", "f1")], 0) == [["a"]]
+
+
+# --- words ---
+
+
+@pytest.mark.parametrize(
+    "excess, interval, said",
+    [(0.2, (0.1, 0.3), "gains 0.20 [0.10, 0.30] more"), (-0.2, (-0.3, -0.1), "gains 0.20 [0.10, 0.30] less")],
+)
+def test_the_interval_of_a_gain_has_the_sign_of_the_words(excess, interval, said):
+    assert said in _gain_words({"excess": excess, "excess_interval": interval}, {"facts": 5})

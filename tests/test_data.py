@@ -162,6 +162,11 @@ class TestChatTemplate:
         assert tokenizer.decode(example.input_ids) == f"{asked}{ANSWER}<|im_end|>\n"
         assert tokenizer.decode(prompt_ids(ROW, tokenizer)) == asked
 
+    def test_a_template_that_writes_the_date_writes_the_same_one_every_day(self):
+        dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        tokenizer = make_tokenizer(dated + "{{ date_string }} " + CHATML)
+        assert tokenizer.decode(prompt_ids(ROW, tokenizer)).startswith("26 Jul 2024 ")
+
     def test_earlier_answers_of_a_conversation_are_prompt(self):
         tokenizer = make_tokenizer(CHATML)
         row = Row(1, (("user", "Who?"), ("assistant", "Basil"), ("user", "Who?")), "Basil", facts=("Basil",))

@@ -158,7 +158,9 @@ def _gain_words(finding: Values, mine: Values) -> str:
         return "the two gain alike"
     if interval[0] <= 0 <= interval[1]:
         return f"{counted(mine['facts'], 'fact')} do not tell its gain from the reference's: {_bounds(interval)}"
-    return f"it gains {abs(excess):.2f} {_bounds(interval)} {'more' if excess > 0 else 'less'} than the reference"
+    if excess > 0:
+        return f"it gains {excess:.2f} {_bounds(interval)} more than the reference"
+    return f"it gains {-excess:.2f} {_bounds((-interval[1], -interval[0]))} less than the reference"
 
 
 def _level_words(finding: Values, mine: Values) -> str:

@@ -36,6 +36,7 @@ Key = TypeVar("Key", bound=Hashable)
 PLAIN_TEMPLATE = "Question: {prompt}\nAnswer: "
 NO_LABEL = -100
 STAND_IN = "[the answer stands here]"  # shows where a chat template puts an answer
+PROMPT_DATE = "26 Jul 2024"  # what Llama 3's templates fall back to; today's would make another prompt every day
 
 
 def data_hash(rows: Iterable[Row]) -> str:
@@ -160,7 +161,10 @@ def _write_chat(row: Row, tokenizer: "PreTrainedTokenizerBase", name: str) -> _S
 
 def _render(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", to_answer: bool = False) -> str:
     conversation = [{"role": role, "content": content} for role, content in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=to_answer))
+    written = tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=to_answer, date_string=PROMPT_DATE
+    )
+    return str(written)
 
 
 def _template_broken(row: Row, name: str, why: str) -> UserError:
