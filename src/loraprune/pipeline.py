@@ -47,7 +47,7 @@ from loraprune.progress import stage
 from loraprune.records import KINDS, RunReport, removal_columns, removals_from
 from loraprune.report import model_card, result_table, write_report
 from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
-from loraprune.rules import Rules, smallest_step
+from loraprune.rules import Rules, removed_share, smallest_share
 from loraprune.settings import Settings, as_values
 from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
 from loraprune.trainer import LoRAPruneTrainer
@@ -388,7 +388,8 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: R
         {
             "ended_by": state.ended_by,
             "steps": state.step,
-            "smallest_step": smallest_step(live.groups, rules, live.value) / live.groups.total_parameters,
+            "smallest_step": smallest_share(live.groups, rules, live.value),
+            "reached": removed_share(live.value, live.groups, rules),  # of what sparsity is asked for
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite
             "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery

@@ -108,7 +108,8 @@ class Decider:
     def compress(self, budget: int) -> Decision:
         """Return what goes by sensitivity on the retain set alone."""
         retain, kept = self.sensitivities.retain.values(), full_mask(self.groups)
-        return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules)
+        fraction = budget / self.groups.total_parameters if self.rules.of_groups else None
+        return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules, fraction=fraction)
 
     def at_goal(self, settings: Settings) -> Mask:
         """Return the mask that the scores lead to when the sparsity of the settings is pruned at once."""
