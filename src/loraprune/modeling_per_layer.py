@@ -1,6 +1,6 @@
 """Causal language models whose layers differ in width: every layer is the family's own, built from its own widths.
 
-Reads    config.json with `per_layer_config`: num_attention_heads, num_key_value_heads and intermediate_size of each layer
+Reads    config.json with `per_layer_config`: each layer's WIDTHS
 Gives    PerLayer<Family>Config and PerLayer<Family>ForCausalLM for every family of FAMILIES, made when first asked for
 Source   -  (this file ships with the checkpoint and needs nothing but transformers and torch)
 Symbols  a layer's own widths stand in its LayerConfig; everything else there is the model's config
