@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model, masked, run_values
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import loraprune
 from loraprune import cli, modeling_per_layer
@@ -171,6 +171,37 @@ def test_every_family_of_the_table_has_its_classes():
         made = getattr(modeling_per_layer, f"PerLayer{stock}ForCausalLM")
         assert made.__mro__[2].__name__ == family.architecture
         assert made.config_class.model_type == f"per_layer_{name}"
+
+
+@pytest.mark.parametrize("family", list(modeling_per_layer.FAMILIES))
+def test_layers_that_are_all_as_wide_as_before_compute_what_the_stock_class_does_bit_for_bit(family):
+    config = AutoConfig.for_model(family, **SIZES, **HEADS, head_dim=4, pad_token_id=0)
+    plain = make_model(config)
+    same = small_model(config_with(config, [(4, 24)] * 2))
+    same.load_state_dict(plain.state_dict())
+    assert torch.equal(logits_of(same), logits_of(plain))
+
+
+@pytest.mark.parametrize("family", list(modeling_per_layer.FAMILIES))
+def test_layers_of_every_width_write_the_same_with_every_cache(family):
+    config = AutoConfig.for_model(family, **SIZES, **HEADS, head_dim=4, pad_token_id=0)
+    model = small_model(config_with(config, [(3, 7), (1, 24)]))
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    written = [model.generate(PROMPT, **how, **one) for one in ({}, static, {"use_cache": False})]
+    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+
+
+def config_with(config, widths):
+    """The family's per-layer config with (kv_groups of two heads, channels) for each layer."""
+    made = getattr(modeling_per_layer, f"PerLayer{modeling_per_layer.FAMILIES[config.model_type]}Config")
+    layers = {
+        i: dict(zip(modeling_per_layer.WIDTHS, (2 * kv, kv, inner), strict=True))
+        for i, (kv, inner) in enumerate(widths)
+    }
+    values = {name: one for name, one in config.to_dict().items() if name not in ("model_type", "architectures")}
+    architectures = [made.__name__.replace("Config", "ForCausalLM")]
+    return made.from_dict(values | {"per_layer_config": layers, "architectures": architectures})
 
 
 # --- which form ---
