@@ -245,6 +245,7 @@ OTHER_VALUES = {
     **{"columns": {"prompt": "q", "answer": "a=b"}, "target_modules": ("q_proj", "v_proj"), "report_to": ("wandb",)},
     **{
         "score_power": 2,
+        "widths": "per_layer",
         "template": "Q: {prompt}\nA: ",
         "already_forgotten": ("a.jsonl",),
         "max_guard_loss_ratio": 1.5,

@@ -56,7 +56,7 @@ def metrics_of(
             },
             "groups": decision["groups"],
             "class": after["class"],
-            "form": after["form"],
+            "form": after.get("form", "stock"),
         },
         "sparsity": (before["parameters"] - after["parameters"]) / before["parameters"],
         "sparsity_goal": settings.sparsity,
