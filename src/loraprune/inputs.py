@@ -25,8 +25,8 @@ from loraprune.data import (
     split_retain,
 )
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, meta_groups
-from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
+from loraprune.groups import family_of, meta_groups
+from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import KINDS, ModelGroups
 from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
 from loraprune.settings import Settings, flag
@@ -76,8 +76,7 @@ def prepare(settings: Settings) -> Inputs:
     """Return the checked and tokenised inputs of a run; raise UserError for the first thing that is wrong."""
     check_machine(settings)
     config = checked_config(settings.model, settings)
-    refuse_missing_modules(settings, expected_shapes(config))
-    _refuse_unseen_kind(settings, config)
+    _refuse_unseen_kind(settings, config, adapted_projections(settings, config))
     _refuse_unreachable(settings, config)
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
@@ -157,13 +156,14 @@ def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place:
         )
 
 
-def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
+def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig, adapted: Sequence[str]) -> None:
     """Refuse metric lora where no adapter lies on attention or on feed-forward: it would see nothing of them."""
     if settings.metric != "lora":
         return
-    for part in ("self_attn", "mlp"):
-        leaves = {name.rpartition(".")[2] for name in expected_shapes(config) if f".{part}." in name}
-        if not leaves & set(settings.target_modules):
+    family = family_of(config)
+    for part in (family.attention, family.feed_forward):
+        leaves = {name.rpartition(".")[2] for name in part}
+        if not leaves & set(adapted):
             raise UserError(
                 f"metric lora has no adapter on {' '.join(sorted(leaves))}.",
                 "it reads adapter gradients alone, so these groups would go in an arbitrary order.",
