@@ -89,13 +89,14 @@ def make_model(config, seed=0, dtype=torch.float32):
     """A model whose weights give logits of about 1; biases and norms are random too, none is 0 or 1."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     source = torch.Generator().manual_seed(seed)
+    norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms add 1 to their weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=source, dtype=torch.float32)
             if weight.ndim == 2:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
             else:
-                weight.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+                weight.copy_(0.3 * noise + (0.0 if name.endswith("bias") else norm))
     return model
 
 
