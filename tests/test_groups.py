@@ -211,7 +211,7 @@ def test_a_goal_that_gemma_2s_head_counts_forbid_is_refused_in_words(tmp_path, t
     settings = Settings(model=folder, data="none.jsonl", output=str(tmp_path / "out"), sparsity=sparsity, device="cpu")
     with pytest.raises(UserError, match=words) as caught:
         prepare(settings)
-    assert "of attention only head counts that the family's config takes" in caught.value.why
+    assert "only head counts that the family's config takes" in caught.value.why
 
 
 # --- fused projections, norms over all heads ---
