@@ -2,12 +2,14 @@
 
 Reads    stories260K and TinyStories by stories260k.py: --data, or LORAPRUNE_DATA, or ../shared/data
 Gives    bench/results/compression.json, docs/compression.png and the section of docs/results.md; finished runs stay in
-         bench/cache/compression under the hash of their settings and data, and are not run again
+         bench/cache/compression under the hash of their settings and data, and are not run again: empty it when
+         the code has changed
 Source   LoRAPrune, arXiv 2305.18403, whose released code is one of the methods
 Symbols  loss = mean over withheld stories of the mean negative log-likelihood per token, in nats
 """
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
@@ -33,7 +35,7 @@ from loraprune.groups import meta_groups
 from loraprune.model import checked_config, weights_hash
 from loraprune.pipeline import run
 from loraprune.rules import Rules, most_removable
-from loraprune.settings import Settings, settings_from
+from loraprune.settings import Settings, as_values, settings_from
 
 Values = dict[str, Any]
 CACHE = ROOT / "bench" / "cache" / "compression"
@@ -74,9 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=None, help="folder above tinyllama-260k and tinystories")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, 10% and 50%, printed, nothing written".replace("%", "%%")
-    )
+    parser.add_argument("--quick", action="store_true", help="one seed, 10%% and 50%%, printed, nothing written")
     options = parser.parse_args()
     data = find_data(options.data)
     model, seeds = make_folder(data), SEEDS[:1] if options.quick else SEEDS
@@ -129,25 +129,26 @@ def write_sets(texts: Sequence[str], seed: int) -> dict[str, str]:
 
 def one_run(given: Values) -> Values:
     """Return a run's numbers, kept under its hash; what the settings do not allow is said and not kept."""
-    key = run_key(given)
-    kept, output = CACHE / f"{key}.json", CACHE / f"run-{key}"
-    if not kept.exists():
-        try:
-            report = run(settings_from({**given, "output": str(output)}), Console(file=io.StringIO()))
-        except UserError as error:
-            print(f"refused: {error.what}", flush=True)
-            return {"refused": error.what}
-        write_json(kept, numbers(report.metrics, output / "events.jsonl"))
-        shutil.rmtree(output)
+    try:
+        settings = settings_from(given)
+        kept = CACHE / f"{run_key(settings)}.json"
+        if not kept.exists():
+            output = kept.with_suffix("")
+            report = run(dataclasses.replace(settings, output=str(output)), Console(file=io.StringIO()))
+            write_json(kept, numbers(report.metrics, output / "events.jsonl"))
+            shutil.rmtree(output)
+    except UserError as error:
+        print(f"refused: {error.what}", flush=True)
+        return {"refused": error.what}
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def run_key(given: Values) -> str:
-    """Return a hash of everything that a run depends on, of files their content."""
-    said = {name: value for name, value in given.items() if not name.endswith("_rows") or name == "score_rows"}
+def run_key(settings: Settings) -> str:
+    """Return a hash of all settings, defaults included, and of the content of what they name; not of the code."""
+    said = {name: value for name, value in as_values(settings).items() if name != "output"}
     for name in ("data", "floor_rows", "final_rows", "guard"):
-        said[name] = hashlib.sha256(Path(given[name]).read_bytes()).hexdigest()
-    said["model"] = weights_hash(given["model"])
+        said[name] = hashlib.sha256(Path(said[name]).read_bytes()).hexdigest()
+    said["model"] = weights_hash(settings.model)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

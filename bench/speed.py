@@ -387,7 +387,11 @@ def step_row(one: Values) -> list[str]:
 
 
 def chunk_rows(name: str, one: Values) -> list[list[str]]:
-    words = {"chunked": "lora, in chunks", "materialised": "the formula, materialised", "sum": "summing the absolute weight"}
+    words = {
+        "chunked": "lora, in chunks",
+        "materialised": "the formula, materialised",
+        "sum": "summing the absolute weight",
+    }
     rows, columns = one["shape"]
     return [
         [
