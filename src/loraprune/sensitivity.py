@@ -15,16 +15,17 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraprune.mask import LiveMask
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
+from loraprune.quantised import weight_rows
 from loraprune.records import KINDS, DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreLoss, Sensitivity
 
 Number = TypeVar("Number", float, Tensor)
-CHUNK_ROWS = 1024  # of a weight at a time, so that no second matrix of its size is made
+CPU_CHUNK = 2**18  # weights at a time: two float32 buffers of so many stay in a core's cache
+GPU_CHUNK = 2**21  # a GPU wants pieces that fill it
 
 
 class AdapterGradient(NamedTuple):
@@ -125,23 +126,34 @@ def adapter_gradient(layer: LoraLayer) -> AdapterGradient:
 def adapter_importance(
     layer: LoraLayer, gradient: AdapterGradient, groups: ProjectionGroups, *, power: int = 1, third_term: bool = False
 ) -> Float[Tensor, " g"]:
-    """Return the sum over a group's weights of |(gB A + B gA [- gB gA]) * (W + s B A)| ** power."""
+    """Return the sum over a group's weights of |(gB A + B gA [- gB gA]) * (W + s B A)| ** power.
+
+    Some rows at a time, in two buffers that are used over and over; a quantised weight is dequantised by these rows.
+    """
     name = _active_adapter(layer)
     a, b = layer.lora_A[name].get_parameter("weight").detach(), layer.lora_B[name].get_parameter("weight").detach()
-    weight = dequantize_module_weight(layer.get_base_layer())
-    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
-    for start in range(0, weight.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        effect = gradient.b[rows] @ a + b[rows] @ gradient.a
-        if third_term:
-            effect -= gradient.b[rows] @ gradient.a
-        effect *= torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=layer.scaling[name])
-        effect = effect.abs_() if power == 1 else effect.square_()
-        if groups.axis == 0:
-            total[rows] = effect.sum(1, dtype=torch.float64)
-        else:
-            total += effect.sum(0, dtype=torch.float64)
+    weight, scaled = weight_rows(layer.get_base_layer()), b * layer.scaling[name]
+    left = torch.cat([gradient.b, b - gradient.b if third_term else b], 1)  # (o, 2r): one product gives all terms
+    right = torch.cat([a, gradient.a])  # (2r, i)
+    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=a.device)
+    for rows, effect, merged in _chunks(left, right, weight.step):
+        torch.mm(left[rows], right, out=effect)
+        torch.addmm(merged.copy_(weight.of(rows)), scaled[rows], a, out=merged)
+        effect = effect.mul_(merged).abs_() if power == 1 else effect.mul_(merged).square_()
+        # float32 sums a piece of a row, or some rows; float64 what these come to.
+        (total[rows] if groups.axis == 0 else total).add_(effect.sum(1 - groups.axis))
     return total.reshape(groups.count, groups.size).sum(1)
+
+
+def _chunks(left: Tensor, right: Tensor, step: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Give the rows of left @ right by pieces of a multiple of `step`, each with two buffers of the piece's shape."""
+    rows, columns = len(left), right.shape[1]
+    fitting = (CPU_CHUNK if left.device.type == "cpu" else GPU_CHUNK) // columns
+    size = min(rows, max(step, fitting - fitting % step))
+    effect, merged = torch.empty(2, size, columns, dtype=right.dtype, device=right.device)
+    for start in range(0, rows, size):
+        piece = slice(start, min(start + size, rows))
+        yield piece, effect[: piece.stop - start], merged[: piece.stop - start]
 
 
 def _active_adapter(layer: LoraLayer) -> str:
