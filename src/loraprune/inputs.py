@@ -25,7 +25,7 @@ from loraprune.data import (
     split_retain,
 )
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, meta_groups
+from loraprune.groups import expected_shapes, meta_groups, refuse_per_layer
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
 from loraprune.records import KINDS, ModelGroups
 from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
@@ -76,6 +76,7 @@ def prepare(settings: Settings) -> Inputs:
     """Return the checked and tokenised inputs of a run; raise UserError for the first thing that is wrong."""
     check_machine(settings)
     config = checked_config(settings.model, settings)
+    refuse_per_layer(config)
     refuse_missing_modules(settings, expected_shapes(config))
     _refuse_unseen_kind(settings, config)
     _refuse_unreachable(settings, config)
@@ -172,8 +173,8 @@ def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
 
 
 WIDTHS_THAT_STAND = (
-    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and of attention "
-    "only head counts that the family's config takes."
+    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and under "
+    "--widths uniform only head counts that the family's config takes."
 )
 
 

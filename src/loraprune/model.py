@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.groups import check_shapes, family_of, find_groups, meta_groups
+from loraprune.forms import check_layers, use_own_code
+from loraprune.groups import check_shapes, family_of, find_groups, is_per_layer, meta_groups
 from loraprune.quantised import FORMATS, load_quantised, refuse_without_bitsandbytes
 from loraprune.records import ModelGroups
 from loraprune.settings import PLAIN_BITS, Settings
@@ -56,11 +57,12 @@ def checked_config(name: str, settings: Settings) -> PretrainedConfig:
             "a group is cut out of plain weights; cut ones of this format would not be the model's any more.",
             "give the model it was quantised from, in bfloat16 or float32.",
         )
-    check_shapes(config, weight_shapes(name))
+    (check_layers if is_per_layer(config) else check_shapes)(config, weight_shapes(name))
     return config
 
 
 def _config(name: str, settings: Settings) -> PretrainedConfig:
+    use_own_code(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
@@ -132,6 +134,7 @@ def weights_hash(name: str) -> str | None:
 
 def load_tokenizer(name: str, settings: Settings) -> PreTrainedTokenizerBase:
     """Return a checkpoint's tokenizer; raise UserError when it has none."""
+    use_own_code(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
@@ -174,6 +177,7 @@ def check_machine(settings: Settings) -> None:
 
 def load_model(name: str, settings: Settings) -> Any:
     """Return a causal language model in eval mode on the run's device."""
+    use_own_code(name)
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
     )
@@ -199,12 +203,26 @@ def load_measured(name: str, settings: Settings) -> Any:
     """
     if settings.base_bits == PLAIN_BITS or device_of(settings).type == "cpu":
         return load_model(name, settings)
+    use_own_code(name)
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=True,
         device_map="auto",
+    )
+    return model.eval()
+
+
+def load_pruned(path: str | Path, **options: Any) -> Any:
+    """Return a written checkpoint in eval mode, whatever its form; code that lies in its folder is not run.
+
+    `path`: a folder or a hub name; `options` go to transformers' from_pretrained, such as dtype or device_map. Raises
+    UserError where the folder is no checkpoint, or where its weights or its modelling file are not what its config says.
+    """
+    checked_config(str(path), Settings())
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, **{"use_safetensors": True, **options, "trust_remote_code": False}
     )
     return model.eval()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraprune.errors import UserError
+from loraprune.forms import use_own_code
 from loraprune.settings import Settings
 
 Format = Literal["int8", "nf4"]
@@ -53,6 +54,7 @@ def quietly() -> Iterator[None]:
 
 def load_quantised(name: str, settings: Settings, number_format: Format, device: torch.device) -> Any:
     """Return a causal language model in eval mode whose projections are rounded while they are read."""
+    use_own_code(name)
     ways = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,

@@ -31,7 +31,17 @@ from loraprune.estimate import (
 from loraprune.inputs import Inputs, earlier_sets
 from loraprune.mask import LiveMask
 from loraprune.memory import private_bytes, resident_bytes, traced
-from loraprune.model import attach_lora, device_of, lora_layers, pad_token_id, weight_shapes
+from loraprune.model import (
+    attach_lora,
+    base_groups,
+    device_of,
+    load_base,
+    load_model,
+    lora_layers,
+    pad_token_id,
+    weight_shapes,
+)
+from loraprune.quantised import weight_bytes
 from loraprune.records import DatasetType, Mask, Sensitivity
 from loraprune.rules import smallest_step
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
