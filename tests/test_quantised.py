@@ -110,7 +110,9 @@ def test_a_quantised_base_is_scored_much_as_the_plain_one(bits, least, metric, c
         scores.append(score_model(model, live, [make_batch()], "forget", prune_metric=metric, loss="log_odds"))
         live.remove()
         model.unload()
-    ours, theirs = (one.values["ffn_channel"].flatten() for one in scores)  # 214 of them; heads are too few to correlate
+    ours, theirs = (
+        one.values["ffn_channel"].flatten() for one in scores
+    )  # 214 of them; heads are too few to correlate
     assert least < torch.corrcoef(torch.stack([ours, theirs]))[0, 1] < 1
 
 

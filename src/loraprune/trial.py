@@ -165,14 +165,7 @@ class Trial:
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": optimizer}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest, left = max([1.0, *self._other_sizes()]), round((1 - goal.sparsity(self.groups)) * self.plain)
-        export = {**trained, "activations": peaks["export"]}
-        if self.quantised:  # the base is gone; cut is in the main memory, and a GPU meets what was written
-            on_gpu = device_of(self.settings).type != "cpu"
-            export = (
-                {**alone, "weights": left, "activations": peaks["look"]}
-                if on_gpu
-                else {**{**alone, "adapters": self.adapters}, "weights": self.plain, "activations": peaks["export"]}
-            )
+        export = self._written(peaks, left) if self.quantised else {**trained, "activations": peaks["export"]}
         return [
             {"stage": "evaluate before", "weights": round(largest * self.plain), **alone},
             {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + self.copied)},
@@ -180,6 +173,12 @@ class Trial:
             {"stage": "export", **export},
             {"stage": "evaluate after", "weights": left, **alone},
         ]
+
+    def _written(self, peaks: Mapping[str, int], left: int) -> Values:
+        """Return what the end of a quantised run needs: the original is cut in main memory, a GPU meets the rest."""
+        if device_of(self.settings).type != "cpu":
+            return {"weights": left, "adapters": 0, "optimizer": 0, "activations": peaks["look"]}
+        return {"weights": self.plain, "adapters": self.adapters, "optimizer": 0, "activations": peaks["export"]}
 
     def _other_sizes(self) -> list[float]:
         """Return the parameters of each other model that is evaluated before, over those of the model."""
