@@ -6,13 +6,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_model, save_checkpoint, world_values
+from conftest import make_model, save_checkpoint, world_values
 
 from loraprune.attack_findings import _gain_words
 from loraprune.attack_lens import lens
 from loraprune.attack_relearn import _batches, _train, learning_rate, looks, relearn
 from loraprune.attack_samples import contains
-from loraprune.attack_weights import _load_quantised, zero_smallest
+from loraprune.attack_weights import zero_smallest
 from loraprune.attack_wording import all_options
 from loraprune.attacked import AttackedModel, AttackRows, NotRun, Reading, split_halves
 from loraprune.data import Row, load_rows
@@ -110,27 +110,6 @@ def test_pruning_again_zeroes_the_smallest_weights_of_every_matrix_and_nothing_e
             assert torch.equal(weight[~gone], before[name][~gone])
         else:
             assert torch.equal(weight, before[name])
-
-
-@pytest.mark.parametrize(
-    ("number_format", "kind", "most"), [("int8", "Linear8bitLt", 0.01), ("nf4", "Linear4bit", 0.2)]
-)
-def test_quantised_weights_are_near_the_plain_ones_at_widths_that_cutting_leaves(number_format, kind, most, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    sizes = {"hidden_size": 72, "intermediate_size": 107, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = FAMILY_CONFIGS["mistral_gqa"]()
-    for name, value in {**sizes, "head_dim": 8}.items():
-        setattr(config, name, value)
-    plain = make_model(config)
-    plain.save_pretrained(tmp_path)
-    attacked = AttackedModel("unlearned", str(tmp_path), Settings(device="cpu"), None, None)  # type: ignore[arg-type]
-    model = _load_quantised(attacked, number_format)
-    assert sum(type(one).__name__ == kind for one in model.modules()) == 2 * 7
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        ours, theirs = model(input_ids=ids).logits.float(), plain(input_ids=ids).logits
-    apart = (ours - theirs).pow(2).mean() / theirs.pow(2).mean()
-    assert 0 < apart < most
 
 
 # --- the lens ---

@@ -234,6 +234,7 @@ def test_every_metric_prunes_a_model_by_passes_of_its_own(run_folder, metric):
         ({"budget": "global", "attention_ratio": 0.5}, "one ranking over all groups"),
         ({"sparsity_of": "groups", "min_retain_performance": 0.5}, "a floor is set"),
         ({"score_from": "training", "metric": "activation"}, "reads no gradient"),
+        ({"metric": "grad", "base_bits": 4}, "rounded weights have no gradient"),
         ({"initial_sparsity": 0.4}, "initial_sparsity is 0.4, and the goal is 0.3"),
     ],
 )

@@ -5,12 +5,15 @@ import inspect
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, adapted, make_batch, make_mask, make_model, masked, rows_of
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from loraprune import sensitivity
 from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
+from loraprune.memory import traced
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, row_means
-from loraprune.records import KINDS, Sensitivity
+from loraprune.records import KINDS, ProjectionGroups, Sensitivity
 from loraprune.scoring import score_model
 from loraprune.sensitivity import (
     AdapterGradient,
@@ -37,9 +40,9 @@ def losses(model, batch, loss="nll"):
     return -row_means(*measure(logits, batch["labels"]))
 
 
-def after_backward(config=GQA):
+def after_backward(config=GQA, **settings):
     """A model whose adapters carry the gradient of a batch, its groups, and a projection of each kind and axis."""
-    model, groups, _ = masked(config())
+    model, groups, _ = masked(config(), **settings)
     losses(model, make_batch()).sum().backward()
     return model.get_base_model(), groups
 
@@ -66,19 +69,32 @@ def restated(layer, gradient, groups, power, third_term):
     return lines.reshape(groups.count, groups.size).sum(1)
 
 
-@pytest.mark.parametrize("chunk", [5, 1024])
+@pytest.mark.parametrize(
+    "chunk", [1, 5 * 32, 7 * 24, 2**18]
+)  # weights: pieces of a row, of rows that leave a rest, whole
 @pytest.mark.parametrize("third_term", [False, True])
 @pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("rank", [1, 4, 8])
 def test_metric_lora_is_the_papers_formula_on_rows_and_on_columns_in_chunks_of_any_size(
-    power, third_term, chunk, monkeypatch
+    rank, power, third_term, chunk, monkeypatch
 ):
-    monkeypatch.setattr(sensitivity, "CHUNK_ROWS", chunk)
-    base, groups = after_backward()
+    monkeypatch.setattr(sensitivity, "CPU_CHUNK", chunk)
+    base, groups = after_backward(lora_rank=rank)
     for one in projections_of(groups):
         layer = base.get_submodule(one.module)
         gradient = adapter_gradient(layer)
         found = adapter_importance(layer, gradient, one, power=power, third_term=third_term)
-        assert torch.allclose(found, restated(layer, gradient, one, power, third_term), rtol=1e-5)
+        assert torch.allclose(found, restated(layer, gradient, one, power, third_term), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_metric_lora_makes_no_second_matrix_of_the_weights_size(axis):
+    module = nn.Sequential(nn.Linear(3072, 1024, bias=False, dtype=torch.bfloat16))
+    layer = get_peft_model(module, LoraConfig(r=4, target_modules=["0"])).base_model.model[0]
+    gradient = AdapterGradient(torch.randn(4, 3072), torch.randn(1024, 4))
+    groups = ProjectionGroups("0", "ffn_channel", axis, (1024, 3072)[axis], 1)
+    taken = max(traced(lambda: adapter_importance(layer, gradient, groups)))
+    assert taken < 2 * sensitivity.CPU_CHUNK * 4 + 2**19  # two float32 buffers, and what is as long as a side
 
 
 def test_the_third_term_depends_on_the_losss_scale_and_the_others_do_not():
@@ -102,9 +118,9 @@ def test_unit_norm_divides_by_the_norm_over_the_projections_groups():
     assert torch.allclose(unit, plain / (plain.norm() + 1e-6))
 
 
-@pytest.mark.parametrize("chunk", [7, 1024])
+@pytest.mark.parametrize("chunk", [200, 2**18])  # weights at a time
 def test_metric_lora_of_a_part_of_a_fused_projection_sees_the_rows_of_that_part_alone(chunk, monkeypatch):
-    monkeypatch.setattr(sensitivity, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(sensitivity, "CPU_CHUNK", chunk)
     base, groups = after_backward(FAMILY_CONFIGS["phi3"])
     for kind, parts in (("kv_group", 3), ("ffn_channel", 2)):
         producers = groups.layers[kind][0].producers

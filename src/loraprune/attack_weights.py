@@ -3,25 +3,19 @@
 Reads    a checkpoint
 Gives    quantise, prune_again
 Source   quantisation brings back forgotten knowledge, arXiv 2410.16454; magnitude pruning, 1506.02626
-Symbols  NF4: the four-bit normal float of arXiv 2305.14314
+Symbols  -
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraprune.attacked import AttackedModel, AttackResult, NotRun, Values, readings_of
 from loraprune.model import device_of
 from loraprune.progress import Advance
-
-Format = Literal["int8", "nf4"]
-QUANTISED = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}  # the module that holds a weight of the format
+from loraprune.quantised import QUANTISED, Format, load_quantised, quietly
 
 
 def quantise(attacked: AttackedModel, advance: Advance, number_format: Format) -> AttackResult:
@@ -32,9 +26,9 @@ def quantise(attacked: AttackedModel, advance: Advance, number_format: Format) -
     plain = attacked.load()
     before, plain_bytes = attacked.answers(plain, rows), plain.get_memory_footprint()
     del plain
-    with _quietly():
+    with quietly():
         try:
-            model = _load_quantised(attacked, number_format)
+            model = load_quantised(attacked.name, attacked.settings, number_format, device_of(attacked.settings))
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # formats differ by machine
             raise NotRun(f"bitsandbytes cannot load {number_format} here: {str(error).splitlines()[0]}") from error
         after = attacked.answers(model, rows)
@@ -44,37 +38,6 @@ def quantise(attacked: AttackedModel, advance: Advance, number_format: Format) -
     }
     advance(1)
     return AttackResult(readings_of(rows, before, after), details)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Leave out what bitsandbytes says of every module, and the minute in which it would have its CPU code compiled."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _load_quantised(attacked: AttackedModel, number_format: Format) -> Any:
-    settings = attacked.settings
-    ways = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        attacked.name,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=True,
-        quantization_config=BitsAndBytesConfig(**ways[number_format]),
-        device_map={"": device_of(settings)},
-    )
-    for module in model.modules():
-        if type(module).__name__ == QUANTISED["nf4"]:
-            # Its packed format for some processors takes widths in multiples of 32 and 64 only, which a cut has not.
-            module.support_avx512bf16_for_cpu = False
-    return model.eval()
 
 
 def prune_again(attacked: AttackedModel, advance: Advance) -> AttackResult:

@@ -7,7 +7,7 @@ Symbols  -
 """
 
 from loraprune.errors import UserError
-from loraprune.settings import Settings
+from loraprune.settings import PLAIN_BITS, Settings
 
 
 def refuse_contradictions(settings: Settings) -> None:
@@ -50,6 +50,12 @@ def refuse_contradictions(settings: Settings) -> None:
             "score_from is training, and metric activation reads no gradient.",
             "there is nothing of it in a training step.",
             "set --score-from passes.",
+        ),
+        (
+            one.metric == "grad" and one.base_bits != PLAIN_BITS,
+            f"metric is grad, and base_bits is {one.base_bits}.",
+            "rounded weights have no gradient.",
+            "set --metric gate or lora, or leave --base-bits out.",
         ),
         (
             one.metric == "magnitude" and one.is_unlearning,

@@ -27,7 +27,7 @@ from loraprune.events import read_events
 from loraprune.settings import Settings, as_values, flag, settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
-BEFORE_TRAINING = ("config.toml", "inputs.json", "before.json", "original.json", "events.jsonl")
+BEFORE_TRAINING = ("config.toml", "inputs.json", "before.json", "original.json", "quantised.json", "events.jsonl")
 LOCK, OWNER = "run.lock", "owner.json"  # the kernel frees the lock of a process that ended, however it ended
 PATIENCE = 1.0  # seconds: long enough for an owner to leave its name, and for one that ends to let go
 CHANGEABLE = ("output", "show_examples", "report_to")  # these alter nothing that a run decides

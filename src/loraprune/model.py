@@ -27,8 +27,18 @@ from transformers.utils import logging
 from loraprune.config import lora_config
 from loraprune.errors import UserError
 from loraprune.forms import check_layers, use_own_code
-from loraprune.groups import check_shapes, family_of, is_per_layer, known_architectures, projections_of
-from loraprune.settings import Settings
+from loraprune.groups import (
+    check_shapes,
+    family_of,
+    find_groups,
+    is_per_layer,
+    known_architectures,
+    meta_groups,
+    projections_of,
+)
+from loraprune.quantised import FORMATS, load_quantised, refuse_without_bitsandbytes
+from loraprune.records import ModelGroups
+from loraprune.settings import PLAIN_BITS, Settings
 
 
 @contextmanager
@@ -159,7 +169,8 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def check_machine(settings: Settings) -> None:
-    """Raise UserError when the run asks for a device or a reporting tool that is not here."""
+    """Raise UserError when the run asks for a device, a number format or a reporting tool that is not here."""
+    refuse_without_bitsandbytes(settings)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, and torch sees no GPU.", "the run cannot start there.", "set --device cpu.")
     for name in settings.report_to:
@@ -179,6 +190,36 @@ def load_model(name: str, settings: Settings) -> Any:
         name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
     )
     return model.to(device_of(settings)).eval()
+
+
+def load_base(name: str, settings: Settings) -> Any:
+    """Return the model that a run trains adapters on: its projections in `base_bits`, the rest in its own format."""
+    if settings.base_bits == PLAIN_BITS:
+        return load_model(name, settings)
+    return load_quantised(name, settings, FORMATS[settings.base_bits], device_of(settings))
+
+
+def base_groups(base: Any, config: PretrainedConfig) -> ModelGroups:
+    """Return the groups of a loaded base; a quantised one's weights have other shapes, so the config tells."""
+    return meta_groups(config) if getattr(base, "is_quantized", False) else find_groups(base, config)
+
+
+def load_measured(name: str, settings: Settings) -> Any:
+    """Return a model in its own format that is only measured, in eval mode.
+
+    A GPU that was to hold the base in fewer bits may not hold this: layers that do not fit wait in the main memory.
+    """
+    if settings.base_bits == PLAIN_BITS or device_of(settings).type == "cpu":
+        return load_model(name, settings)
+    use_own_code(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        use_safetensors=True,
+        device_map="auto",
+    )
+    return model.eval()
 
 
 def load_pruned(path: str | Path, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
@@ -18,25 +19,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 
 from loraprune.balance import TrainingSets
 from loraprune.checkpoint import RunState
 from loraprune.data import Example, data_hash, examples_hash
+from loraprune.ending import save_adapter, write_best, write_decision
 from loraprune.errors import UserError
 from loraprune.evaluate import Measured, measure
 from loraprune.examples import show_examples
 from loraprune.export import export_model
-from loraprune.folder import RunFolder, whole_folder, write_json, write_text
+from loraprune.folder import RunFolder, write_json, write_text
 from loraprune.forms import form_of
-from loraprune.groups import find_groups
 from loraprune.inputs import Inputs, earlier_sets, prepare, require
 from loraprune.ledger import FILE as LEDGER
 from loraprune.ledger import Ledger, read_ledger, removed_by_layer
 from loraprune.mask import LiveMask
 from loraprune.model import (
     attach_lora,
-    load_model,
+    base_groups,
+    load_base,
+    load_measured,
     load_tokenizer,
     pad_token_id,
     parameter_count,
@@ -44,12 +46,24 @@ from loraprune.model import (
     weights_hash,
 )
 from loraprune.progress import stage
-from loraprune.records import KINDS, RunReport, removal_columns, removals_from
+from loraprune.pruning import ModelState
+from loraprune.quantised import quietly
+from loraprune.records import ModelGroups, RunReport, removals_from
 from loraprune.report import model_card, result_table, write_report
 from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
-from loraprune.rules import Rules, removed_share, smallest_share
-from loraprune.settings import Settings, as_values
-from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
+from loraprune.rules import Rules
+from loraprune.settings import PLAIN_BITS, Settings, as_values
+from loraprune.steering import (
+    NOT_LOOKED_AT,
+    Probe,
+    Probes,
+    Steering,
+    Target,
+    find_ceilings,
+    find_limits,
+    find_target,
+    scale_original,
+)
 from loraprune.trainer import LoRAPruneTrainer
 from loraprune.words import FORMS, counted
 
@@ -101,7 +115,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     _say_steering(steering, original, ledger, console)
     _say_overlap(inputs, console)
     if not (folder.path / "model").exists():
-        _train_and_cut(folder, settings, inputs, steering)
+        _train_and_cut(folder, settings, inputs, steering, before, original)
         gc.collect()  # trainer and model refer to each other: else both would be there beside the model that comes out
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
     metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
@@ -152,7 +166,7 @@ def _evaluate_before(folder: RunFolder, settings: Settings, inputs: Inputs) -> V
         values, parameters = _measure_given(settings, inputs)
         values["parameters"] = parameters
         if inputs.for_reference:
-            model, tokenizer = load_model(settings.reference or "", settings), _reference_tokenizer(settings)
+            model, tokenizer = load_measured(settings.reference or "", settings), _reference_tokenizer(settings)
             values["reference"] = {
                 name: _measured(model, examples, settings, pad_token_id(tokenizer)).as_values(inputs.facts[name])
                 for name, examples in inputs.for_reference.items()
@@ -161,7 +175,7 @@ def _evaluate_before(folder: RunFolder, settings: Settings, inputs: Inputs) -> V
 
 
 def _measure_given(settings: Settings, inputs: Inputs) -> tuple[Values, int]:
-    model = load_model(settings.model, settings)
+    model = load_measured(settings.model, settings)
     return measure_sets(model, settings, inputs, list(inputs.examples), "evaluate before"), parameter_count(model)
 
 
@@ -217,7 +231,7 @@ def find_original(settings: Settings, inputs: Inputs, ledger: Ledger, before: Va
 
 
 def _measure_original(settings: Settings, inputs: Inputs, names: Sequence[str]) -> Values:
-    model, pad = load_model(settings.original or "", settings), pad_token_id(inputs.tokenizer)
+    model, pad = load_measured(settings.original or "", settings), pad_token_id(inputs.tokenizer)
     measured = {name: _measured(model, inputs.examples[name], settings, pad) for name in names}
     return {
         name: _kept_numbers(one.as_values(inputs.facts[name]), list(one.row_performance) if name in WITHHELD else None)
@@ -337,11 +351,49 @@ def _say_overlap(inputs: Inputs, console: Console) -> None:
 # --- train, cut -------------------------------------------------------------------------------------------------------
 
 
-def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering) -> None:
-    base = load_model(settings.model, settings)
-    groups = find_groups(base, inputs.config)
+def _train_and_cut(
+    folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, before: Values, original: Values
+) -> None:
+    if settings.base_bits == PLAIN_BITS:
+        trainer = _train(folder, settings, inputs, steering, load_base(settings.model, settings))
+        live = trainer.live
+        write_decision(folder.path, trainer.run_state, live.groups, live.value, trainer.rules)
+        save_adapter(trainer.adapted, folder.path / "adapter")
+        live.remove()
+        export_model(
+            trainer.adapted.merge_and_unload(), inputs.tokenizer, live.groups, live.value, folder.path / "model"
+        )
+        return
+    with quietly():
+        ends, groups, state = _train_quantised(folder, settings, inputs, steering, before, original)
+    gc.collect()  # the quantised base goes before the original comes
+    written = write_best(ends, groups, inputs.tokenizer, settings, steering, folder.path)
+    if written.end is not ends[0]:
+        tried = ends[0].mask.sparsity(groups)
+        folder.event("roll_back", step=state.step, **written.look.as_values(), broken=written.broken, tried=tried)
+        state.breaks |= {name: state.breaks.get(name, 0) + 1 for name in written.broken}
+    if written.end is ends[-1]:
+        state.removals, state.ended_by = [], written.broken[0]
+    write_decision(folder.path, state, groups, written.end.mask, Rules.of(settings))
+    (folder.path / "end").replace(folder.path / "model")
+
+
+def _train_quantised(
+    folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, before: Values, original: Values
+) -> tuple[list[ModelState], ModelGroups, RunState]:
+    """Train on the quantised base, steered by what that base itself knew, and return what may be written."""
+    base = load_base(settings.model, settings)
+    names = [name for name in inputs.examples if name not in NOT_LOOKED_AT]
+    rounded = folder.stored("quantised.json", lambda: measure_sets(base, settings, inputs, names, "measure quantised"))
+    scaled = scale_original(original, before, rounded)
+    own = replace(_steering(settings, inputs, {**before, **rounded}, scaled), target=steering.target)
+    trainer = _train(folder, settings, inputs, own, base)
+    return trainer.ends(), trainer.live.groups, trainer.run_state
+
+
+def _train(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, base: Any) -> LoRAPruneTrainer:
+    groups = base_groups(base, inputs.config)
     model = attach_lora(base, settings)
-    live = LiveMask(model, groups)
     sets = TrainingSets(
         inputs.examples["taught"],
         inputs.examples.get("forget"),
@@ -349,19 +401,14 @@ def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steeri
         steering.probes.already_forgotten,
     )
     trainer = LoRAPruneTrainer(
-        model, settings, sets, live=live, steering=steering, folder=folder.path, event=folder.event
+        model, settings, sets, live=LiveMask(model, groups), steering=steering, folder=folder.path, event=folder.event
     )
     folder.drop_events_after(trainer.first_step if trainer.run_state.good_look else -1)
     folder.event("begin", step=trainer.first_step, **_outlook(settings, steering, groups.total_parameters, trainer))
     trainer.run()
     state = trainer.run_state
     folder.event("stage", name="train", duration=state.train_seconds, score=state.score_seconds)
-    _write_decision(folder, state, live, trainer.rules)
-    with whole_folder(folder.path / "adapter") as part:
-        model.save_pretrained(str(part))
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
-    live.remove()
-    export_model(model.merge_and_unload(), inputs.tokenizer, groups, live.value, folder.path / "model")
+    return trainer
 
 
 def _outlook(settings: Settings, steering: Steering, parameters: int, trainer: LoRAPruneTrainer) -> Values:
@@ -382,40 +429,13 @@ def _outlook(settings: Settings, steering: Steering, parameters: int, trainer: L
     }
 
 
-def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: Rules) -> None:
-    """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
-    kept = {kind: live.value.kept[kind].sum(1).tolist() for kind in KINDS}
-    groups = {
-        kind: {"before": sum(len(row) for row in live.value.kept[kind]), "after": sum(kept[kind])} for kind in KINDS
-    }
-    write_json(
-        folder.path / "decision.json",
-        {
-            "ended_by": state.ended_by,
-            "steps": state.step,
-            "smallest_step": smallest_share(live.groups, rules, live.value),
-            "reached": removed_share(live.value, live.groups, rules),  # of what sparsity is asked for
-            "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
-            "steps_left_out": state.skipped,  # for a gradient that was not finite
-            "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery
-            "sparsity": live.value.sparsity(live.groups),
-            "groups": groups,
-            "kept_by_layer": kept,
-            "removals": removal_columns(state.removals),
-        },
-    )
-    temporary = folder.path / "mask.safetensors.part"
-    save_file({**live.value.kept}, temporary)
-    temporary.replace(folder.path / "mask.safetensors")
-
-
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
 def _evaluate_after(folder: RunFolder, settings: Settings, inputs: Inputs) -> Values:
     """Measure the written checkpoint, loaded as anyone would load it."""
     with _timed(folder, "evaluate"):
-        model = load_model(str(folder.path / "model"), settings)
+        model = load_measured(str(folder.path / "model"), settings)
         return measure_sets(model, settings, inputs, list(inputs.examples), "evaluate after") | {
             "parameters": parameter_count(model),
             "class": type(model).__name__,

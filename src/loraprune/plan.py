@@ -20,9 +20,10 @@ from loraprune.forms import form_of, has_stock_form, per_layer_config
 from loraprune.inputs import Inputs, prepare, require
 from loraprune.ledger import Ledger, read_ledger
 from loraprune.mask import full_mask
-from loraprune.model import device_of, quiet_libraries, weights_hash
+from loraprune.model import device_of, load_measured, quiet_libraries, weights_hash
 from loraprune.pipeline import find_original, measure_sets, refuse_changed_inputs, refuse_lost_floor
 from loraprune.progress import stage
+from loraprune.quantised import quietly
 from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
 from loraprune.sensitivity import SensitivityDict
 from loraprune.settings import Settings
@@ -41,7 +42,7 @@ def make_plan(settings: Settings) -> Values:
     """
     with quiet_libraries():
         inputs = check_run(settings)
-        with TemporaryDirectory() as scratch, stage("plan", 4) as advance:
+        with TemporaryDirectory() as scratch, quietly(), stage("plan", 4) as advance:
             trial = Trial(settings, inputs, Path(scratch))
             refuse_what_is_lost(trial, settings, inputs)
             advance(1, "model loaded")
@@ -83,7 +84,8 @@ def ledger_of(settings: Settings) -> Ledger:
 def refuse_what_is_lost(trial: Trial, settings: Settings, inputs: Inputs) -> None:
     """Raise the run's UserError where the model itself breaks the floor or the guard before anything is done."""
     names = [name for name in ("floor", "guard") if name in inputs.examples]
-    before = measure_sets(trial.trainer.adapted, settings, inputs, names, "measure")
+    given = load_measured(settings.model, settings) if trial.quantised else trial.trainer.adapted
+    before = measure_sets(given, settings, inputs, names, "measure")
     refuse_lost_floor(settings, before, find_original(settings, inputs, ledger_of(settings), before, names))
 
 

@@ -9,6 +9,7 @@ Symbols  ratio = the part of all parameters that may be gone after this step
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from loraprune.decision import Scores, decide_compression, decide_unlearning
@@ -31,6 +32,12 @@ class ModelState:
 
     mask: Mask
     trained: Mapping[str, Tensor]
+
+    def equals(self, other: "ModelState") -> bool:
+        """Say whether both are the same model, bit for bit."""
+        pairs = [(one, other.trained[name]) for name, one in self.trained.items()]
+        pairs += [(kept, other.mask.kept[kind]) for kind, kept in self.mask.kept.items()]
+        return all(torch.equal(one, another.to(one.device)) for one, another in pairs)
 
 
 def take_state(model: nn.Module) -> ModelState:

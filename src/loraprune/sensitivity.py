@@ -6,20 +6,21 @@ Source   LoRAPrune, arXiv 2305.18403, eq. 5-10; differs: third term optional, no
 Symbols  o out features, i in features, r rank, g groups of a layer, L layers, G groups in each
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from loraprune.quantised import weight_rows
 from loraprune.records import DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreNorm, Sensitivity
 
 Number = TypeVar("Number", float, Tensor)
-CHUNK_ROWS = 1024  # of a weight at a time, so that no second matrix of its size is made
+CPU_CHUNK = 2**18  # weights at a time: two float32 buffers of so many stay in a core's cache
+GPU_CHUNK = 2**21  # a GPU wants pieces that fill it
 
 
 class AdapterGradient(NamedTuple):
@@ -134,22 +135,10 @@ def adapter_importance(
 ) -> Float[Tensor, " g"]:
     """Return the sum over a group's weights of |(gB A + B gA [- gB gA]) * (W + s B A)| ** power."""
     name = _active_adapter(layer)
-    a, b = layer.lora_A[name].get_parameter("weight").detach(), layer.lora_B[name].get_parameter("weight").detach()
-    weight = dequantize_module_weight(layer.get_base_layer())
-    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
-    first, last, _ = (groups.span if groups.axis == 0 else slice(None)).indices(weight.shape[0])
-    for start in range(first, last, CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, last))
-        effect = gradient.b[rows] @ a + b[rows] @ gradient.a
-        if third_term:
-            effect -= gradient.b[rows] @ gradient.a
-        effect *= torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=layer.scaling[name])
-        effect = effect.abs_() if power == 1 else effect.square_()
-        if groups.axis == 0:
-            total[start - first : rows.stop - first] = effect.sum(1, dtype=torch.float64)
-        else:
-            total += effect.sum(0, dtype=torch.float64)
-    return total.reshape(groups.count, groups.size).sum(1)
+    a, b = (one[name].get_parameter("weight").detach() for one in (layer.lora_A, layer.lora_B))
+    left = torch.cat([gradient.b, b - gradient.b if third_term else b], 1)  # (o, 2r): one product gives all terms
+    right = torch.cat([a, gradient.a])  # (2r, i)
+    return _summed(layer, groups, power, lambda rows, buffer: torch.mm(left[rows], right, out=buffer))
 
 
 def weight_importance(
@@ -162,11 +151,7 @@ def weight_importance(
     gradient = base_of(layer).weight.grad if by_gradient else None
     if by_gradient and gradient is None:
         raise ValueError(f"{groups.module} has no gradient: metric grad is read after backward over the frozen weights")
-
-    def block(rows: slice, weight: Tensor) -> Tensor:
-        return weight if gradient is None else weight * gradient[rows].to(weight.dtype)
-
-    return _summed(layer, groups, power, block)
+    return _summed(layer, groups, power, None if gradient is None else lambda rows, buffer: gradient[rows])
 
 
 def activation_importance(
@@ -174,38 +159,62 @@ def activation_importance(
 ) -> Float[Tensor, " g"]:
     """Return the sum over a group's columns of (mean |input| x L2 norm of the column of W + s B A) ** power."""
     whole = replace(groups, count=groups.count * groups.size, size=1)
-    norms = _summed(layer, whole, 2, lambda rows, weight: weight).sqrt()
+    norms = _summed(layer, whole, 2, None).sqrt()
     sizes = (activation.to(norms.device).double() * norms).pow(power)
     return sizes.reshape(groups.count, groups.size).sum(1)
 
 
+Factor = Callable[[slice, Tensor], Tensor]  # of some rows, (rows, i), perhaps written into the buffer that is given
+
+
 def _summed(
-    layer: nn.Module, groups: ProjectionGroups, power: int, block: Callable[[slice, Tensor], Tensor]
+    layer: nn.Module | LoraLayer, groups: ProjectionGroups, power: int, factor: Factor | None
 ) -> Float[Tensor, " g"]:
-    """Return the sums over each group of |block| ** power; a block is made of some rows of W + s B A."""
-    weight = dequantize_module_weight(base_of(layer))
-    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
-    first, last, _ = (groups.span if groups.axis == 0 else slice(None)).indices(weight.shape[0])
-    for start in range(first, last, CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, last))
-        values = block(rows, _effective(layer, weight[rows].detach().float(), rows)).abs().pow_(power)
-        if groups.axis == 0:
-            total[start - first : rows.stop - first] = values.sum(1, dtype=torch.float64)
-        else:
-            total += values.sum(0, dtype=torch.float64)
+    """Return the sums over each group of |factor * (W + s B A)| ** power.
+
+    Some rows at a time, in two buffers that are used over and over; a quantised weight is dequantised by these rows.
+    """
+    base = base_of(layer)
+    weight, low_rank = weight_rows(base), _low_rank(layer)
+    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=base.weight.device)
+    first, last, _ = (groups.span if groups.axis == 0 else slice(None)).indices(base.out_features)
+    for rows, merged, buffer in _pieces(first, last, base.in_features, weight.step, total.device):
+        aligned = rows.start - rows.start % weight.step
+        merged.copy_(weight.of(slice(aligned, rows.stop))[rows.start - aligned :])
+        if low_rank is not None:
+            torch.addmm(merged, low_rank[0][rows], low_rank[1], out=merged)
+        if factor is not None:
+            merged.mul_(factor(rows, buffer))
+        values = merged.abs_() if power == 1 else merged.square_()
+        # float32 sums a piece of a row, or some rows; float64 what these come to.
+        place = slice(rows.start - first, rows.stop - first)
+        (total[place] if groups.axis == 0 else total).add_(values.sum(1 - groups.axis))
     return total.reshape(groups.count, groups.size).sum(1)
 
 
-def _effective(layer: nn.Module, weight: Tensor, rows: slice) -> Tensor:
-    """Return rows of W + s B A, given those of W."""
+def _low_rank(layer: nn.Module | LoraLayer) -> tuple[Tensor, Tensor] | None:
+    """Return s B and A, None where the layer has no adapter."""
     if not isinstance(layer, LoraLayer):
-        return weight
+        return None
     name = _active_adapter(layer)
-    a, b = (one[name].get_parameter("weight").detach() for one in (layer.lora_A, layer.lora_B))
-    return torch.addmm(weight, b[rows].float(), a.float(), alpha=layer.scaling[name])
+    a, b = (one[name].get_parameter("weight").detach().float() for one in (layer.lora_A, layer.lora_B))
+    return b * layer.scaling[name], a
 
 
-def base_of(layer: nn.Module) -> Any:
+def _pieces(
+    first: int, last: int, columns: int, step: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Give the rows from `first` to `last` by pieces of a multiple of `step`, each with two buffers of its shape."""
+    fitting = (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // columns
+    size = min(last - first, max(step, fitting - fitting % step))
+    buffers = torch.empty(2, size, columns, device=device)
+    for start in range(first, last, size):
+        rows = slice(start, min(start + size, last))
+        merged, buffer = buffers[:, : rows.stop - start]
+        yield rows, merged, buffer
+
+
+def base_of(layer: nn.Module | LoraLayer) -> Any:
     """Return the frozen linear layer under an adapter, or the layer itself where it has none."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 

@@ -20,6 +20,8 @@ from loraprune.presets import PRESETS
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
 from loraprune.records import Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
 
+PLAIN_BITS = 16  # stands for the checkpoint's own format
+
 KIND_WORDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -31,7 +33,7 @@ KIND_WORDS: dict[type, str] = {
 _ACCEPTED: dict[type, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
 
 
-def setting(default: Any, section: str, text: str, *, allowed: Range | tuple[str, ...] | None = None) -> Any:
+def setting(default: Any, section: str, text: str, *, allowed: Range | tuple[str | int, ...] | None = None) -> Any:
     """Declare one setting; `text` is one full sentence that states its effect."""
     metadata = {"section": section, "text": text, "allowed": allowed}
     if isinstance(default, dict):
@@ -63,6 +65,13 @@ class Settings:
         "model",
         "Number format of the weights; auto takes the checkpoint's own.",
         allowed=("auto", "float32", "bfloat16", "float16"),
+    )
+    base_bits: int = setting(
+        PLAIN_BITS,
+        "model",
+        "Bits in which the projections are held while the run trains: 16 leaves them in their own format, 8 and 4 take "
+        "half and a quarter of the memory (the extra quantize); cut and written is the original all the same.",
+        allowed=(PLAIN_BITS, 8, 4),
     )
     device: str = setting(
         "auto",
@@ -449,16 +458,16 @@ def text_of(name: str) -> str:
 
 
 def allowed_words(name: str) -> tuple[str, ...]:
-    """Return the words a setting may be; empty where it is no choice of words."""
+    """Return the words or numbers a setting may be, as they are typed; empty where it is no choice of a few."""
     allowed = _field(name).metadata["allowed"]
-    return allowed if isinstance(allowed, tuple) else ()
+    return tuple(map(str, allowed)) if isinstance(allowed, tuple) else ()
 
 
 def allowed_text(name: str) -> str:
     """Return in words what a setting may be, such as "a number in (0, 1)"."""
     allowed, kind = _field(name).metadata["allowed"], KIND_WORDS[kind_of(name)]
     if isinstance(allowed, tuple):
-        return f"one of {', '.join(allowed)}"
+        return f"one of {', '.join(map(str, allowed))}"
     return f"{kind} {_inside(allowed)}" if isinstance(allowed, Range) else kind
 
 

@@ -7,9 +7,9 @@ Symbols  P = performance; a limit that is measured as NaN is broken
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,10 +17,12 @@ from loraprune.data import Example
 from loraprune.evaluate import measure
 from loraprune.interval import ratio_interval
 from loraprune.mask import LiveMask
-from loraprune.records import KINDS, Limit, Look
+from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups
 from loraprune.settings import Settings
 
 LEAST_HALF_BAND = 0.03
+NOT_LOOKED_AT = ("taught", "final", "holdout", "bystander")  # while the run trains
+End = TypeVar("End")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Probes:
 
 def take_look(model: nn.Module, live: LiveMask, probes: Probes) -> Look:
     """Return the model as it is now, mask and adapters included, in the numbers that steer."""
+    return look_at(model, live.groups, live.value, probes)
+
+
+def look_at(model: nn.Module, groups: ModelGroups, mask: Mask, probes: Probes) -> Look:
+    """Return a model without what the mask removes, masked or cut, in the numbers that steer."""
 
     def measured(examples: Sequence[Example]) -> Any:
         return measure(model, examples, batch_size=probes.batch_size, pad_token_id=probes.pad_token_id)
@@ -156,15 +163,33 @@ def take_look(model: nn.Module, live: LiveMask, probes: Probes) -> Look:
     kept = measured(probes.floor.examples).row_performance
     forget = measured(probes.forget.examples) if probes.forget else None
     return Look(
-        sparsity=live.value.sparsity(live.groups),
+        sparsity=mask.sparsity(groups),
         retention=sum(kept) / sum(probes.floor_before),
         retention_interval=ratio_interval(kept, probes.floor_before, probes.floor.facts),
         forget=forget.performance if forget else None,
         forget_interval=forget.interval(probes.forget.facts) if forget and probes.forget else None,
         guard_loss_ratio=measured(probes.guard).loss / probes.guard_loss_before if probes.guard else None,
         already_forgotten=tuple(measured(one).performance for one in probes.already_forgotten),
-        groups={kind: tuple(live.value.kept[kind].sum(1).tolist()) for kind in KINDS},
+        groups={kind: tuple(mask.kept[kind].sum(1).tolist()) for kind in KINDS},
     )
+
+
+def scale_original(
+    original: Mapping[str, Any], before: Mapping[str, Any], rounded: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the original would know, rounded as the given model is: looks on it then charge no rounding to a run.
+
+    Of every withheld row and the guard that is what the rounded model knows, times the original's mean over the given
+    model's; the two are one where this is the first request.
+    """
+    sets = dict(original["sets"])
+    floor, guard = sets["floor"], sets.get("guard")
+    factor = floor["performance"] / before["floor"]["performance"]
+    rows = [factor * one for one in rounded["rows"]["floor"]]
+    sets["floor"] = {**floor, "performance": sum(rows) / len(rows), "row_performance": rows}
+    if guard is not None:
+        sets["guard"] = {**guard, "loss": rounded["guard"]["loss"] * guard["loss"] / before["guard"]["loss"]}
+    return {**original, "sets": sets}
 
 
 @dataclass(frozen=True)
@@ -184,3 +209,19 @@ class Steering:
     def distance(self, look: Look) -> float:
         """Return how far P(forget) is outside the band; 0 without a target."""
         return 0.0 if self.target is None or look.forget is None else self.target.distance(look.forget)
+
+
+def first_acceptable(
+    ends: Sequence[End], look: Callable[[End], Look], steering: Steering
+) -> tuple[End, Look, tuple[Limit, ...]]:
+    """Return the first of some ends that may be written, what was seen of it, and the limits that the one before broke.
+
+    The last is taken whatever it breaks.
+    """
+    broken: tuple[Limit, ...] = ()
+    for end in ends[:-1]:
+        if steering.acceptable(found := look(end)):
+            return end, found, broken
+        broken = steering.limits.broken(found)
+    found = look(ends[-1])
+    return ends[-1], found, broken if steering.acceptable(found) else steering.limits.broken(found)

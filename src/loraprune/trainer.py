@@ -42,8 +42,8 @@ from loraprune.rules import Rules
 from loraprune.schedule import learning_rate_factor, planned_sparsity
 from loraprune.scoring import score_model
 from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
-from loraprune.settings import Settings
-from loraprune.steering import Steering, take_look
+from loraprune.settings import PLAIN_BITS, Settings
+from loraprune.steering import Steering, first_acceptable, take_look
 from loraprune.step_scores import StepScores
 
 Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
@@ -375,23 +375,34 @@ class LoRAPruneTrainer(Trainer):
     def _finish(self) -> None:
         """End at the best point that keeps its limits with the adapters merged, as it will be written.
 
-        That is the model now, else the last good one, else the one to start from, which keeps them by definition.
+        That is the model now, else the last good one, else the one to start from, which keeps them by definition. A
+        quantised base takes no adapters in: there the end is chosen afterwards, of `ends` in the original.
         """
-        looked, now, untouched = self._look(), self._point(), self._untouched()
-        ends = [now, self.good, untouched] if self._better(looked) else [self.good, untouched]
-        found = looked
+        looked, now = self._look(), self._point()
+        better, untouched = self._better(looked), self._untouched()
         broken = self.steering.limits.broken(looked) or ("band",)  # where none is, it is further from the band
-        for self.good in ends:
-            self._go_to(self.good)
-            with merged(self.adapted):
-                self.run_state.good_look = found = self._look()
-            if self.steering.acceptable(found):
-                break
-            broken = self.steering.limits.broken(found)
+        if self.settings.base_bits < PLAIN_BITS:
+            if not better:
+                self._go_to(self.good)
+                self.record("roll_back", self._look(), broken=broken, tried=looked.sparsity)
+            return
+        ends = [now, self.good, untouched] if better else [self.good, untouched]
+        self.good, found, last_broken = first_acceptable(ends, self._merged_look, self.steering)
+        self.run_state.good_look, broken = found, last_broken or broken
         if self.good is untouched:
             self.run_state.removals, self.run_state.ended_by = [], broken[0]
         if self.good is not now:
             self.record("roll_back", found, broken=broken, tried=looked.sparsity)
+
+    def _merged_look(self, point: Point) -> Look:
+        self._go_to(point)
+        with merged(self.adapted):
+            return self._look()
+
+    def ends(self) -> list[ModelState]:
+        """Return what may be written of a run that is over, the best first: now, the last good, the untouched."""
+        now, good = take_state(self.adapted), self.good.state
+        return [now, *([] if now.equals(good) else [good]), self._untouched().state]
 
     def _untouched(self) -> Point:
         """Return the model to start from: nothing masked, adapters that add nothing."""

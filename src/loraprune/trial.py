@@ -6,7 +6,7 @@ Source   -
 Symbols  goal = a mask such as the run will have at its end
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -28,22 +28,30 @@ from loraprune.estimate import (
     stage_memory,
     trial_counts,
 )
-from loraprune.groups import find_groups
 from loraprune.inputs import Inputs, earlier_sets
 from loraprune.mask import LiveMask
 from loraprune.memory import private_bytes, resident_bytes, traced
-from loraprune.model import attach_lora, device_of, load_model, lora_layers, pad_token_id, weight_shapes
+from loraprune.model import (
+    attach_lora,
+    base_groups,
+    device_of,
+    load_base,
+    load_model,
+    lora_layers,
+    pad_token_id,
+    weight_shapes,
+)
+from loraprune.quantised import weight_bytes
 from loraprune.records import DatasetType, Mask, Sensitivity
 from loraprune.rules import smallest_share
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
-from loraprune.settings import Settings
-from loraprune.steering import Ceiling, Probe, Probes, Steering
+from loraprune.settings import PLAIN_BITS, Settings
+from loraprune.steering import NOT_LOOKED_AT, Ceiling, Probe, Probes, Steering
 from loraprune.surgery import cut_weights
 from loraprune.trainer import LoRAPruneTrainer, score_sample
 
 Values = dict[str, Any]
 TRIAL_ROWS = 8  # of a pass whose size is not known yet
-NOT_LOOKED_AT = ("taught", "final", "holdout", "bystander")  # while the run trains
 LOOKS = 2  # at the model in one pruning step that is accepted at once
 LOOKS_AT_THE_ENDS = 3  # before the first step, after the last, and with the adapters merged
 POINTS = 2  # in memory at once: the one to roll back to, and the model as it is while it is saved
@@ -57,13 +65,16 @@ class Trial:
         self.settings, self.inputs = settings, inputs
         self.process = resident_bytes()
         begun = perf_counter()
-        base = load_model(settings.model, settings)
+        base = load_base(settings.model, settings)
         self.load_seconds = perf_counter() - begun
-        self.weights = sum(one.nbytes for one in base.parameters())
-        self.groups = find_groups(base, inputs.config)
+        self.weights = weight_bytes(base)
+        self.groups = base_groups(base, inputs.config)
+        self.quantised = settings.base_bits != PLAIN_BITS
+        self.plain = self.groups.total_parameters * base.get_input_embeddings().weight.itemsize
         model = attach_lora(base, settings)
         self.adapters = sum(one.nbytes for one in model.parameters() if one.requires_grad)
-        self.copied = sum(layer.get_base_layer().weight.nbytes for layer in lora_layers(model))
+        copied = 0 if self.quantised else sum(one.get_base_layer().weight.nbytes for one in lora_layers(model))
+        self.copied = copied if device_of(settings).type == "cpu" else 0  # at the end, while adapters are merged
         self.private = private_bytes()
         self.trainer = trial_trainer(settings, inputs, model, LiveMask(model, self.groups), scratch)
         self.passes = Passes(settings, inputs.examples, self.trainer)
@@ -107,7 +118,7 @@ class Trial:
         held = self._held(max(footprints[name].peak(trials[name]) for name in passes))
         peaks = {name: footprints[name].peak(one.counts) for name, one in passes.items()}
         begun = perf_counter()
-        peaks["export"] = max(traced(lambda: self._merge_and_cut(goal)))
+        peaks["export"] = max(traced(self._export(goal)))
         export_seconds = perf_counter() - begun
         return {
             "memory": _memory_values(stage_memory(self._needs(peaks, goal), held), held),
@@ -136,28 +147,43 @@ class Trial:
         grown = 0 if now is None or self.private is None else now.grown(self.private)
         return Held(self.process, max(1.0, grown / tried))
 
-    def _merge_and_cut(self, goal: Mask) -> object:
+    def _export(self, goal: Mask) -> Callable[[], object]:
+        """Return what merges and cuts as the run does: of a quantised base the original, in the main memory."""
         self.trainer.live.remove()
-        model: Any = self.trainer.adapted.merge_and_unload()
-        return cut_weights({name: one.detach() for name, one in model.state_dict().items()}, self.groups, goal)
+        adapted = self.trainer.adapted
+        if self.quantised:
+            on_cpu = replace(self.settings, device="cpu")
+            adapted = attach_lora(load_model(on_cpu.model, on_cpu), on_cpu)
+
+        def merge_and_cut() -> object:
+            model: Any = adapted.merge_and_unload()
+            return cut_weights({name: one.detach() for name, one in model.state_dict().items()}, self.groups, goal)
+
+        return merge_and_cut
 
     def _needs(self, peaks: Mapping[str, int], goal: Mask) -> list[Values]:
         """Return what every stage needs at its heaviest, in the order in which the stages begin.
 
         Of several models one at a time is evaluated; training takes a step before anything is scored.
         """
-        copied = self.copied if device_of(self.settings).type == "cpu" else 0  # at the end, while adapters are merged
         optimizer = (MOMENTS + POINTS * POINT) * self.adapters
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": optimizer}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
-        largest = max([1.0, *self._other_sizes()])
+        largest, left = max([1.0, *self._other_sizes()]), round((1 - goal.sparsity(self.groups)) * self.plain)
+        export = self._written(peaks, left) if self.quantised else {**trained, "activations": peaks["export"]}
         return [
-            {"stage": "evaluate before", "weights": round(largest * self.weights), **alone},
-            {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + copied)},
+            {"stage": "evaluate before", "weights": round(largest * self.plain), **alone},
+            {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + self.copied)},
             {"stage": "score", **trained, "activations": peaks["score"]},
-            {"stage": "export", **trained, "activations": peaks["export"]},
-            {"stage": "evaluate after", "weights": round((1 - goal.sparsity(self.groups)) * self.weights), **alone},
+            {"stage": "export", **export},
+            {"stage": "evaluate after", "weights": left, **alone},
         ]
+
+    def _written(self, peaks: Mapping[str, int], left: int) -> Values:
+        """Return what the end of a quantised run needs: the original is cut in main memory, a GPU meets the rest."""
+        if device_of(self.settings).type != "cpu":
+            return {"weights": left, "adapters": 0, "optimizer": 0, "activations": peaks["look"]}
+        return {"weights": self.plain, "adapters": self.adapters, "optimizer": 0, "activations": peaks["export"]}
 
     def _other_sizes(self) -> list[float]:
         """Return the parameters of each other model that is evaluated before, over those of the model."""

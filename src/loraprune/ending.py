@@ -1,0 +1,100 @@
+"""Ending: what a run on a quantised base leaves is cut and merged in the original, and looked at as it is written.
+
+Reads    the ends that the run may be written at, the best first; the original checkpoint
+Gives    write_best, save_adapter, write_decision: what the run leaves on disk
+Source   -
+Symbols  end = a mask and trained adapters; the last one is the untouched model
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from loraprune.checkpoint import RunState
+from loraprune.export import export_model
+from loraprune.folder import whole_folder, write_json
+from loraprune.mask import LiveMask
+from loraprune.model import attach_lora, load_measured, load_model
+from loraprune.pruning import ModelState, restore_state
+from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups, removal_columns
+from loraprune.rules import Rules, removed_share, smallest_share
+from loraprune.settings import Settings
+from loraprune.steering import Steering, first_acceptable, look_at
+
+
+@dataclass(frozen=True)
+class Written:
+    """Which end was written, what was seen of it, and the limits that better ends broke."""
+
+    end: ModelState
+    look: Look
+    broken: tuple[Limit, ...]
+
+
+def save_adapter(model: PeftModel, path: Path) -> None:
+    """Write the adapters in PEFT's own form."""
+    with whole_folder(path) as part:
+        model.save_pretrained(str(part))
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's is an empty form
+
+
+def write_best(
+    ends: Sequence[ModelState],
+    groups: ModelGroups,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    steering: Steering,
+    folder: Path,
+) -> Written:
+    """Write the first end that holds its limits as a checkpoint, under `folder`/end, with its `folder`/adapter."""
+
+    def look(end: ModelState) -> Look:
+        _cut_original(end, groups, tokenizer, settings, folder)
+        gc.collect()  # the original goes before what was made of it is loaded
+        return look_at(load_measured(str(folder / "end"), settings), groups, end.mask, steering.probes)
+
+    return Written(*first_acceptable(ends, look, steering))
+
+
+def _cut_original(
+    end: ModelState, groups: ModelGroups, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> None:
+    """Merge an end's adapters into the original's weights, in the machine's memory, and cut these."""
+    model = attach_lora(load_model(settings.model, replace(settings, device="cpu")), settings)
+    live = LiveMask(model, groups)
+    restore_state(model, end)
+    save_adapter(model, folder / "adapter")
+    live.remove()
+    plain: Any = model.merge_and_unload()
+    export_model(plain, tokenizer, groups, end.mask, folder / "end")
+
+
+def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mask, rules: Rules) -> None:
+    """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
+    kept = {kind: mask.kept[kind].sum(1).tolist() for kind in KINDS}
+    counts = {kind: {"before": sum(len(row) for row in mask.kept[kind]), "after": sum(kept[kind])} for kind in KINDS}
+    write_json(
+        folder / "decision.json",
+        {
+            "ended_by": state.ended_by,
+            "steps": state.step,
+            "smallest_step": smallest_share(groups, rules, mask),
+            "reached": removed_share(mask, groups, rules),  # of what sparsity is asked for
+            "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
+            "steps_left_out": state.skipped,  # for a gradient that was not finite
+            "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery
+            "sparsity": mask.sparsity(groups),
+            "groups": counts,
+            "kept_by_layer": kept,
+            "removals": removal_columns(state.removals),
+        },
+    )
+    temporary = folder / "mask.safetensors.part"
+    save_file({**mask.kept}, temporary)
+    temporary.replace(folder / "mask.safetensors")
