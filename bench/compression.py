@@ -54,7 +54,10 @@ METHODS: dict[str, Values] = {
     RELEASED: {"preset": "released"},
 }
 WITHHELD, LOOKED_AT = 40, 4  # stories; the few rows of the floor, which holds nothing here
-COMMON: Values = {  # of every method: the same data, steps and batches
+COMMON: Values = {  # of every method, presets included: the same data, steps, batches and adapters
+    "sparsity_of": "parameters",
+    "learning_rate": 1e-3,
+    "lora_dropout": 0.0,
     "min_retain_performance": 0.0,
     "max_guard_loss_ratio": 1e9,  # the guard is looked at and does not steer
     "max_length": 192,  # tokens of each story, from its beginning on

@@ -26,9 +26,10 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask
 from loraprune.memory import traced
 from loraprune.objectives import logits_of, retain_loss
-from loraprune.records import KINDS, Mask, ModelGroups, ProjectionGroups
-from loraprune.sensitivity import adapter_gradient, adapter_importance, gate_importance
-from loraprune.settings import PROJECTIONS
+from loraprune.records import KINDS, Mask, ProjectionGroups
+from loraprune.sensitivity import adapter_gradient, adapter_importance
+from loraprune.settings import settings_from
+from loraprune.step_scores import StepScores
 from loraprune.surgery import cut_config, cut_weights
 
 Values = dict[str, Any]
@@ -126,45 +127,37 @@ class Training:
     batch: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
 
-    def step(self, score: Callable[["Training"], object] | None = None) -> None:
-        """Take a step; what `score` reads of its gradients it reads between backward and the optimizer."""
+    def step(self) -> None:
+        """Take a step."""
+        self._backward()
+        self._advance()
+
+    def scored(self, metric: str) -> Callable[[], None]:
+        """Return what takes a step and reads its score from the step's own gradients, as the trainer does."""
+        scores = StepScores(self.model, self.live, settings_from({"metric": metric, "score_from": "training"}))
+        ids = self.batch["input_ids"]
+
+        def run() -> None:
+            with scores.watched(len(ids), ids.device):
+                self._backward()
+            scores.read()
+            self._advance()
+
+        return run
+
+    def _backward(self) -> None:
         retain_loss(logits_of(self.model, self.batch), self.batch["labels"]).backward()
-        if score is not None:
-            score(self)
+
+    def _advance(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def step_with_gates(self) -> None:
-        """Take a step with gates in its forward pass, and score by what backward leaves on them."""
-        ids = self.batch["input_ids"]
-        with self.live.gates(len(ids), ids.device) as gates:
-            self.step(lambda training: score_gates(training.live.groups, gates))
-
-
-def score_adapters(training: Training) -> list[Tensor]:
-    """Return metric lora's score of every projection, from the adapters' gradients as the step left them."""
-    base: Any = training.model.get_base_model()
-    found = []
-    for kind in KINDS:
-        for one in training.live.groups.layers[kind]:
-            for projection in one.projections:
-                layer = base.get_submodule(projection.module)
-                found.append(adapter_importance(layer, adapter_gradient(layer), projection))
-    return found
-
-
-def score_gates(groups: ModelGroups, gates: Mapping[Any, Tensor]) -> list[Tensor]:
-    """Return metric gate's score of every layer, from the gates' gradients."""
-    found = []
-    for (kind, index), gate in gates.items():
-        assert gate.grad is not None
-        found.append(gate_importance(gate.grad, groups.layers[kind][index].consumer, 1))
-    return found
 
 
 def make_training(model: LlamaForCausalLM, rows: int, length: int) -> Training:
     groups = find_groups(model, model.config)
-    adapted: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=list(PROJECTIONS)))
+    of_layers = [one for kind in KINDS for one in groups.layers[kind]]
+    names = {one.module.rpartition(".")[2] for layer in of_layers for one in layer.projections}
+    adapted: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=sorted(names)))
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     trained = [one for one in adapted.parameters() if one.requires_grad]
@@ -181,8 +174,8 @@ def measure_steps(name: str, sizes: Sizes) -> Values:
     parameters, training = sum(one.numel() for one in model.parameters()), make_training(model, *shape)
     kinds: Kinds = {
         "bare": training.step,
-        "lora": lambda: training.step(score_adapters),
-        "gate": training.step_with_gates,
+        "lora": training.scored("lora"),
+        "gate": training.scored("gate"),
     }
     assert sizes.step_rounds is not None
     seconds = in_turns(kinds, sizes.step_rounds[name])
