@@ -12,8 +12,8 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loraprune.errors import UserError
+from loraprune.settings import INSTRUCTION
 from loraprune.sources import Message, Row, say_rows
 from loraprune.sources import load_rows as load_rows
 
@@ -34,7 +35,17 @@ Span = tuple[int, int]  # characters [begin, end)
 Key = TypeVar("Key", bound=Hashable)
 
 PLAIN_TEMPLATE = "Question: {prompt}\nAnswer: "
+INSTRUCTION_TEMPLATE = (  # what the template's name INSTRUCTION stands for; a row with an input has a form of its own
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+INPUT_TEMPLATE = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 NO_LABEL = -100
+GROUPED_BATCHES = 50  # that are sorted by length together
 STAND_IN = "[the answer stands here]"  # shows where a chat template puts an answer
 PROMPT_DATE = "26 Jul 2024"  # what Llama 3's templates fall back to; today's would make another prompt every day
 
@@ -130,18 +141,36 @@ def _find_facts(row: Row, script: _Script) -> list[Span]:
     return [match.span() for pattern in patterns for match in pattern.finditer(script.text, script.boundary, stop)]
 
 
+def with_prompt_labels(example: Example) -> Example:
+    """Return the example with a label on every token but the first."""
+    return replace(example, labels=(NO_LABEL, *example.input_ids[1:]))
+
+
+def written_out(template: str) -> str:
+    """Return a template as text with {prompt}, whether it was given so or by its name."""
+    return INSTRUCTION_TEMPLATE if template == INSTRUCTION else template
+
+
+def _opening(row: Row, template: str) -> str:
+    if template == INSTRUCTION and row.input:
+        instruction = row.prompt.removesuffix(f"\n\n{row.input}")
+        before, _, after = INPUT_TEMPLATE.partition("{prompt}")
+        return before + instruction + after.replace("{input}", row.input)
+    return written_out(template).replace("{prompt}", row.prompt)
+
+
 def _write(row: Row, tokenizer: "PreTrainedTokenizerBase", name: str, template: str) -> _Script:
-    if "{prompt}" not in template:
+    if "{prompt}" not in written_out(template):
         raise UserError(
             "the plain template does not contain {prompt}.",
             "without it the model would be asked nothing.",
-            f"write --template as in {PLAIN_TEMPLATE!r}.",
+            f"write --template as in {PLAIN_TEMPLATE!r}, or {INSTRUCTION}.",
         )
     if not row.messages:
         return _Script(row.answer, 0, special_tokens=True, end=False)
     if tokenizer.chat_template and template == PLAIN_TEMPLATE:
         return _write_chat(row, tokenizer, name)
-    opening = template.replace("{prompt}", row.prompt)
+    opening = _opening(row, template)
     return _Script(opening + row.answer, len(opening), special_tokens=True, end=True)
 
 
@@ -232,10 +261,15 @@ class _Stream:
     examples: Sequence[Example]
     batch_size: int
     seed: int
+    by_length: bool = False
+    orders: dict[int, list[int]] = field(default_factory=dict, compare=False)  # of the last epochs, where grouped
+
+    @property
+    def size(self) -> int:
+        return min(self.batch_size, len(self.examples))
 
     def rows(self, step: int) -> list[int]:
-        size = min(self.batch_size, len(self.examples))
-        return [self._index(position) for position in range(step * size, (step + 1) * size)]
+        return [self._index(position) for position in range(step * self.size, (step + 1) * self.size)]
 
     def batch(self, step: int, pad_token_id: int) -> dict[str, Tensor]:
         rows = self.rows(step)
@@ -243,12 +277,42 @@ class _Stream:
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.examples))
-        return _permutation(len(self.examples), f"{self.seed}/{self.name}/{epoch}")[place]
+        return self._grouped(epoch)[place] if self.by_length else self._shuffled(epoch)[place]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return _permutation(len(self.examples), f"{self.seed}/{self.name}/{epoch}")
+
+    def _grouped(self, epoch: int) -> list[int]:
+        """Return the epoch's order with rows of like length in one batch, which may begin in the epoch before."""
+        if epoch not in self.orders:
+            if len(self.orders) > 1:
+                self.orders.clear()
+            count, size = len(self.examples), self.size
+            begun = -epoch * count % size  # rows that complete the batch that the epoch before began
+            lengths = [len(one.input_ids) for one in self.examples]
+            self.orders[epoch] = _group_by_length(
+                self._shuffled(epoch), lengths, size, begun, f"{self.seed}/{self.name}/{epoch}/groups"
+            )
+        return self.orders[epoch]
 
 
 @lru_cache(maxsize=8)
 def _permutation(count: int, key: str) -> list[int]:
     return random.Random(key).sample(range(count), count)
+
+
+def _group_by_length(order: Sequence[int], lengths: Sequence[int], size: int, begun: int, key: str) -> list[int]:
+    """Return the order rearranged: within each 50 batches rows stand by length, and the batches are shuffled.
+
+    The first `begun` rows and those that fill no whole batch stay where they are.
+    """
+    end = begun + (len(order) - begun) // size * size
+    batches: list[Sequence[int]] = []
+    for first in range(begun, end, size * GROUPED_BATCHES):
+        rows = sorted(order[first : min(first + size * GROUPED_BATCHES, end)], key=lengths.__getitem__)
+        batches += [rows[place : place + size] for place in range(0, len(rows), size)]
+    random.Random(key).shuffle(batches)
+    return [*order[:begun], *(row for batch in batches for row in batch), *order[end:]]
 
 
 class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
@@ -270,12 +334,14 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
         pad_token_id: int,
         seed: int,
         length: int,
+        group_by_length: bool = False,
     ) -> None:
-        self.streams = [_Stream("retain", retain, retain_batch_size, seed)]
+        self.streams = [_Stream("retain", retain, retain_batch_size, seed, group_by_length)]
         if forget:
-            self.streams.append(_Stream("forget", forget, forget_batch_size, seed))
+            self.streams.append(_Stream("forget", forget, forget_batch_size, seed, group_by_length))
         if already_forgotten:
-            self.streams.append(_Stream("already_forgotten", already_forgotten, forget_batch_size, seed))
+            held = _Stream("already_forgotten", already_forgotten, forget_batch_size, seed, group_by_length)
+            self.streams.append(held)
         self.pad_token_id, self.length = pad_token_id, length
 
     def __len__(self) -> int:
@@ -292,15 +358,18 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
 
 @dataclass(frozen=True)
 class RetainSplit:
-    """The retain set's parts: 80% train and repair, 10% steer, 10% are touched by the last evaluation alone."""
+    """The retain set's parts: taught rows train, floor rows steer, the last evaluation alone sees final rows."""
 
     taught: list[Row]
     floor: list[Row]
     final: list[Row]
 
 
-def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
-    """Split by seed, fractions counted in units: rows of one fact_id or one text stay together. At least 3 units."""
+def split_retain(rows: Sequence[Row], seed: int, withheld: int | None = None) -> RetainSplit:
+    """Split by seed: `withheld` rows half and half into floor and final rows, None: a tenth of the units each.
+
+    A unit is the rows of one fact_id or one text, which stay together; at least 3 units.
+    """
     units = find_facts(rows)
     order = sorted(set(units))
     if len(order) < 3:
@@ -310,11 +379,38 @@ def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
             "add rows to --retain.",
         )
     random.Random(f"{seed}/split").shuffle(order)
-    tenth = max(1, round(len(order) / 10))
-    floor, final = set(order[:tenth]), set(order[tenth : 2 * tenth])
+    if withheld is None:
+        tenth = max(1, round(len(order) / 10))
+        floor, final = set(order[:tenth]), set(order[tenth : 2 * tenth])
+    else:
+        floor, final = _withhold(order, Counter(units), withheld)
     part_of = ["floor" if unit in floor else "final" if unit in final else "taught" for unit in units]
     parts = {part: [row for row, mine in zip(rows, part_of, strict=True) if mine == part] for part in set(part_of)}
     return RetainSplit(**parts)
+
+
+def _withhold(order: Sequence[int], sizes: Mapping[int, int], withheld: int) -> tuple[set[int], set[int]]:
+    """Return the units, in order, of the floor rows and of the final rows: together at least `withheld` rows."""
+    left, parts = list(order), []
+    for wanted in (withheld - withheld // 2, withheld // 2):
+        part: set[int] = set()
+        while left and sum(sizes[unit] for unit in part) < wanted:
+            part.add(left.pop(0))
+        parts.append(part)
+    if not left:
+        raise UserError(
+            f"{withheld} rows are to be withheld of {sum(sizes.values())}: none is left to train on.",
+            "rows that say the same are withheld together.",
+            "lower --withheld-rows.",
+        )
+    return parts[0], parts[1]
+
+
+def sample_rows(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """Return at most `count` of the rows, chosen by the seed, in their order; None: all."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return [rows[place] for place in sorted(random.Random(f"{seed}/rows").sample(range(len(rows)), count))]
 
 
 def find_facts(rows: Sequence[Row], *, by_subject: bool = False) -> list[int]:

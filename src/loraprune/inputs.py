@@ -13,6 +13,7 @@ from math import ceil, floor
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from loraprune.adapter import check_adapter
 from loraprune.data import (
     Example,
     Overlap,
@@ -22,10 +23,13 @@ from loraprune.data import (
     find_overlap,
     load_rows,
     refuse_overlap,
+    sample_rows,
     split_retain,
+    with_prompt_labels,
 )
 from loraprune.errors import UserError
 from loraprune.groups import expected_shapes, meta_groups
+from loraprune.length import refuse_idle, resolved
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
 from loraprune.records import KINDS, ModelGroups
 from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
@@ -44,6 +48,13 @@ class Inputs:
     examples: Mapping[str, Sequence[Example]]
     overlap: Overlap | None
     for_reference: Mapping[str, Sequence[Example]]  # forget and earlier requests under the reference's tokenizer
+    settings: Settings  # the run's, the number of its steps filled in
+
+    @property
+    def trained(self) -> Sequence[Example]:
+        """Return the taught rows as training reads them, with labels on the prompt where that is asked for."""
+        taught = self.examples["taught"]
+        return [with_prompt_labels(one) for one in taught] if self.settings.train_on_prompt else taught
 
     @cached_property
     def facts(self) -> dict[str, list[int]]:
@@ -57,7 +68,8 @@ def earlier_sets(settings: Settings) -> dict[str, str]:
 
 
 def require(settings: Settings) -> None:
-    """Raise UserError when the settings do not name what the run needs."""
+    """Raise UserError when the settings do not name what the run needs, or name what another one makes void."""
+    refuse_idle(settings)
     needed = (
         ("model", "output", "forget", "retain") if settings.is_unlearning else ("model", "output", "data", "sparsity")
     )
@@ -79,13 +91,16 @@ def prepare(settings: Settings) -> Inputs:
     refuse_missing_modules(settings, expected_shapes(config))
     _refuse_unseen_kind(settings, config)
     _refuse_unreachable(settings, config)
+    if settings.adapter is not None:
+        check_adapter(settings, config)
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
+    ready = resolved(settings, len(rows["taught"]))
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
     for_reference = _encode_for_reference(settings, rows)
     if settings.original is not None:
         checked_config(settings.original, settings)
-    return Inputs(config, tokenizer, rows, examples, overlap, for_reference)
+    return Inputs(config, tokenizer, rows, examples, overlap, for_reference, ready)
 
 
 def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
@@ -132,18 +147,21 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
 
 
 def split_kept(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
-    """Split the retain set; a file of floor or final rows takes the place of that tenth, which is taught instead."""
+    """Split the retain set; a file of floor or final rows takes the place of that part, which is taught instead.
+
+    Of the taught rows at most `data_rows` are kept.
+    """
     if settings.floor_rows and settings.final_rows:
         parts: dict[str, Sequence[Row]] = {"taught": kept}
     else:
-        split = split_retain(kept, settings.seed)
+        split = split_retain(kept, settings.seed, settings.withheld_rows)
         parts = {"taught": split.taught, "floor": split.floor, "final": split.final}
     for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
         if source:
             parts["taught"] = [*parts["taught"], *parts.get(name, ())]
             parts[name] = load_set(settings, f"{name}-rows", source)
             _refuse_shared(parts[name], parts["taught"], f"{name}-rows", "taught part of the retain set")
-    return parts
+    return {**parts, "taught": sample_rows(parts["taught"], settings.data_rows, settings.seed)}
 
 
 def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place: str) -> None:
@@ -185,6 +203,12 @@ def _refuse_unreachable(settings: Settings, config: PretrainedConfig) -> None:
             f"nothing can be cut: {_lowest_widths(groups, rules)}.",
             WIDTHS_THAT_STAND,
             "lower --min-groups-per-layer or --round-to.",
+        )
+    if settings.initial_sparsity > (settings.sparsity or settings.max_sparsity):
+        raise UserError(
+            f"initial_sparsity is {settings.initial_sparsity:g}, above the sparsity that the schedule ends at.",
+            "what was removed does not come back.",
+            "lower --initial-sparsity.",
         )
     if settings.sparsity is not None:
         _refuse_too_much(settings.sparsity, groups, rules)

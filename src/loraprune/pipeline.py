@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from loraprune.adapter import adapter_folder, adapter_hash, load_adapter
 from loraprune.balance import TrainingSets
 from loraprune.checkpoint import RunState
 from loraprune.data import Example, data_hash, examples_hash
@@ -73,7 +74,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
             if (metrics := folder.read("metrics.json")) is None:
                 folder.open()
                 with folder.withdrawn_if_refused():
-                    metrics = _run_stages(folder, settings, inputs, console)
+                    metrics = _run_stages(folder, inputs.settings, inputs, console)
             _tidy(folder)
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
@@ -106,10 +107,11 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
     data = {name: data_hash(rows) for name, rows in inputs.rows.items()}
     others = {name: getattr(settings, name) for name in ("reference", "original")}
+    adapter = {} if settings.adapter is None else {"adapter": adapter_hash(adapter_folder(settings.adapter))}
     return {
         "data_sha256": data,
         "weights_sha256": weights_hash(settings.model),
-        "others_sha256": {name: weights_hash(one) for name, one in others.items() if one},
+        "others_sha256": {name: weights_hash(one) for name, one in others.items() if one} | adapter,
     }
 
 
@@ -335,9 +337,11 @@ def _train_and_cut(folder: RunFolder, settings: Settings, inputs: Inputs, steeri
     base = load_model(settings.model, settings)
     groups = find_groups(base, inputs.config)
     model = attach_lora(base, settings)
+    if settings.adapter is not None:
+        load_adapter(model, adapter_folder(settings.adapter))
     live = LiveMask(model, groups)
     sets = TrainingSets(
-        inputs.examples["taught"],
+        inputs.trained,
         inputs.examples.get("forget"),
         pad_token_id(inputs.tokenizer),
         steering.probes.already_forgotten,

@@ -129,6 +129,7 @@ class LoRAPruneTrainer(Trainer):
             pad_token_id=self.sets.pad_token_id,
             seed=self.settings.seed,
             length=step + count,
+            group_by_length=self.settings.group_by_length,
         )
         return _From(pairs, step)
 
@@ -155,6 +156,25 @@ class LoRAPruneTrainer(Trainer):
             model, inputs, forgetting=self.run_state.forgetting, forget_weight=self.run_state.forget_weight
         )
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take the loss of a step back, in passes of `micro_batch_size` rows where that is set; return the loss.
+
+        The gradient is that of the whole batch, whatever the size, but for dropout, which draws anew in every pass.
+        """
+        size = self.settings.micro_batch_size
+        if size is None or size >= max(len(one["input_ids"]) for one in inputs.values()):
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        state, total = self.run_state, torch.zeros((), device=self.args.device)
+        inputs = self._prepare_inputs(inputs)
+        ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
+        for loss in self.balance.part_losses(model, inputs, size, **ends):
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -216,7 +236,8 @@ class LoRAPruneTrainer(Trainer):
     def _step_of(self, turn: int, looked: Look) -> Decision:
         """Take one pruning step, as far as the schedule and the steps before it allow."""
         state, settings, scored = self.run_state, self.settings, self.run_state.sensitivities
-        planned = (settings.sparsity or settings.max_sparsity) * cubic(turn, settings.prune_rounds)
+        first, goal = settings.initial_sparsity, settings.sparsity or settings.max_sparsity
+        planned = first + (goal - first) * cubic(turn, settings.prune_rounds)
         return unlearning_prune(
             self.adapted,
             scored.forget.values() if self.sets.forget is not None else None,
