@@ -8,6 +8,7 @@ Symbols  P = performance, in [0, 1]
 """
 
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -179,9 +180,10 @@ def add_adapter_flags(parser: "Parser") -> None:
     group.add_argument("--lora_weights", default="", metavar="DIR", help=f"{weights} Default: unset.")
     text = (
         "Plain text for perplexity in windows of --cutoff_len tokens: a file, or a hub name name:config:split; may be "
-        "repeated. --guard without the two sets is read like it; with them every metric of the field is measured on them."
+        "repeated. --guard without the two sets is read like it; with these sets every metric is measured on them."
     )
-    group.add_argument("--text", default=[], action="append", metavar="FILE", help=f"{text} Default: unset.")
+    options: dict[str, Any] = {"default": SUPPRESS, "action": "append", "type": lambda one: (one,)}
+    group.add_argument("--text", metavar="FILE", help=f"{text} Default: unset.", **options)
     written = {"lora_rank": "lora_r", "target_modules": "lora_target_modules"}
     for name in OF_ADAPTER:
         sentence = f"{text_of(name)} The adapter must have been made with it. Unset: whatever the adapter has."
