@@ -241,6 +241,7 @@ def typed(name, value):
 
 OTHER_VALUES = {
     **{"trust_remote_code": True, "allow_overlap": True, "gradient_checkpointing": True, "show_examples": True},
+    **{"group_by_length": True, "train_on_prompt": True},
     **{"dtype": "float16", "device": "cpu", "metric": "lora", "score_loss": "nll", "forget_loss": "ga"},
     **{"columns": {"prompt": "q", "answer": "a=b"}, "target_modules": ("q_proj", "v_proj"), "report_to": ("wandb",)},
     **{
@@ -394,8 +395,8 @@ def test_the_plans_script_and_the_command_line_ask_for_the_same_run(scripts):
 def test_train_refuses_what_is_missing_or_unknown(scripts):
     with pytest.raises(UserError, match="--base_model, --retain_dataset, --output_dir are missing"):
         scripts.train(forget_dataset="f")
-    with pytest.raises(UserError, match="there is no setting num_epochs"):
-        scripts.train(base_model="m", data_path="d", output_dir="o", num_epochs=3)
+    with pytest.raises(UserError, match="there is no setting num_epoch"):
+        scripts.train(base_model="m", data_path="d", output_dir="o", num_epoch=3)
 
 
 @pytest.mark.parametrize("script", ["prune.py", "inference.py"])

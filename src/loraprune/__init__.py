@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loraprune.evaluation import evaluate_files as evaluate_files
     from loraprune.groups import find_groups as find_groups
     from loraprune.mask import LiveMask as LiveMask
+    from loraprune.model import load_pruned as load_pruned
     from loraprune.pipeline import run as run
     from loraprune.pruning import local_prune as local_prune
     from loraprune.pruning import unlearning_prune as unlearning_prune
@@ -38,6 +39,7 @@ _HOMES = {
     "compute_sensitivity": "sensitivity",
     "evaluate_files": "evaluation",
     "find_groups": "groups",
+    "load_pruned": "model",
     "local_prune": "pruning",
     "run": "pipeline",
     "run_demo": "demo",

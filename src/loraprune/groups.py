@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from loraprune.errors import UserError
+from loraprune.modeling_per_layer import CLASS, MODEL_TYPE
 from loraprune.records import GroupKind, LayerGroups, ModelGroups, ProjectionGroups
 
 
@@ -44,9 +45,9 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a config; raise UserError for an architecture that is not in the table."""
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(config.model_type.removeprefix(MODEL_TYPE))
     named = tuple(config.architectures or ())
-    if family is not None and (not named or family.architecture in named):
+    if family is not None and (not named or {family.architecture, CLASS + family.architecture} & set(named)):
         return family
     known = ", ".join(one.architecture for one in FAMILIES.values())
     raise UserError(
@@ -54,6 +55,21 @@ def family_of(config: PretrainedConfig) -> Family:
         "cutting a model whose structure is guessed gives a broken one.",
         f"use a model of one of these: {known}.",
     )
+
+
+def is_per_layer(config: PretrainedConfig) -> bool:
+    """Say whether a config gives each layer its own widths, as `per_layer_config`."""
+    return config.model_type.startswith(MODEL_TYPE)
+
+
+def refuse_per_layer(config: PretrainedConfig) -> None:
+    """Raise UserError for a model whose layers were cut to different widths: its groups form no table."""
+    if is_per_layer(config):
+        raise UserError(
+            f"{(config.architectures or ['the model'])[0]}: its layers keep different numbers of groups.",
+            "pruning lays one table of groups over all layers, as many in each; evaluate and attack take such a model.",
+            "start from the model that it was cut from, or cut that one under --widths uniform first.",
+        )
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -126,6 +142,7 @@ def meta_groups(config: PretrainedConfig) -> ModelGroups:
 
 def find_groups(model: nn.Module, config: PretrainedConfig) -> ModelGroups:
     """Return the prunable groups of a loaded model; raise UserError where its weights contradict its config."""
+    refuse_per_layer(config)
     family = family_of(config)
     check_shapes(config, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
     parameters = dict(model.named_parameters())

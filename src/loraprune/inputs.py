@@ -28,7 +28,7 @@ from loraprune.data import (
     with_prompt_labels,
 )
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, meta_groups
+from loraprune.groups import expected_shapes, meta_groups, refuse_per_layer
 from loraprune.length import refuse_idle, resolved
 from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
 from loraprune.records import KINDS, ModelGroups
@@ -88,6 +88,7 @@ def prepare(settings: Settings) -> Inputs:
     """Return the checked and tokenised inputs of a run; raise UserError for the first thing that is wrong."""
     check_machine(settings)
     config = checked_config(settings.model, settings)
+    refuse_per_layer(config)
     refuse_missing_modules(settings, expected_shapes(config))
     _refuse_unseen_kind(settings, config)
     _refuse_unreachable(settings, config)
@@ -190,8 +191,8 @@ def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
 
 
 WIDTHS_THAT_STAND = (
-    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and of attention "
-    "only head counts that the family's config takes."
+    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and under "
+    "--widths uniform only head counts that the family's config takes."
 )
 
 

@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.groups import check_shapes, family_of
+from loraprune.forms import check_layers, use_own_code
+from loraprune.groups import check_shapes, family_of, is_per_layer
 from loraprune.settings import Settings
 
 
@@ -54,11 +55,12 @@ def checked_config(name: str, settings: Settings) -> PretrainedConfig:
             "a group is cut out of plain weights; cut ones of this format would not be the model's any more.",
             "give the model it was quantised from, in bfloat16 or float32.",
         )
-    check_shapes(config, weight_shapes(name))
+    (check_layers if is_per_layer(config) else check_shapes)(config, weight_shapes(name))
     return config
 
 
 def _config(name: str, settings: Settings) -> PretrainedConfig:
+    use_own_code(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
@@ -130,6 +132,7 @@ def weights_hash(name: str) -> str | None:
 
 def load_tokenizer(name: str, settings: Settings) -> PreTrainedTokenizerBase:
     """Return a checkpoint's tokenizer; raise UserError when it has none."""
+    use_own_code(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
@@ -171,10 +174,24 @@ def check_machine(settings: Settings) -> None:
 
 def load_model(name: str, settings: Settings) -> Any:
     """Return a causal language model in eval mode on the run's device."""
+    use_own_code(name)
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
     )
     return model.to(device_of(settings)).eval()
+
+
+def load_pruned(path: str | Path, **options: Any) -> Any:
+    """Return a written checkpoint in eval mode, whatever its form; code that lies in its folder is not run.
+
+    `path`: a folder or a hub name; `options` go to transformers' from_pretrained, such as dtype or device_map. Raises
+    UserError where the folder is no checkpoint, or where its weights or its modelling file are not what its config says.
+    """
+    checked_config(str(path), Settings())
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, **{"use_safetensors": True, **options, "trust_remote_code": False}
+    )
+    return model.eval()
 
 
 def refuse_missing_modules(settings: Settings, modules: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ from loraprune.evaluate import Measured, measure
 from loraprune.examples import show_examples
 from loraprune.export import export_model
 from loraprune.folder import RunFolder, whole_folder, write_json, write_text
+from loraprune.forms import form_of
 from loraprune.groups import find_groups
 from loraprune.inputs import Inputs, earlier_sets, prepare, require
 from loraprune.ledger import FILE as LEDGER
@@ -416,6 +417,7 @@ def _evaluate_after(folder: RunFolder, settings: Settings, inputs: Inputs) -> Va
         return measure_sets(model, settings, inputs, list(inputs.examples), "evaluate after") | {
             "parameters": parameter_count(model),
             "class": type(model).__name__,
+            "form": form_of(model.config),
         }
 
 

@@ -20,6 +20,7 @@ KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
 DatasetType = Literal["forget", "retain"]
 Metric = Literal["lora", "gate"]
 ScoreLoss = Literal["nll", "log_odds"]
+Widths = Literal["uniform", "per_layer"]  # the same in every layer, or each layer its own
 Compat = Literal["none", "open-unlearning"]  # whose attention mask an evaluation takes; see answers.py
 Limit = Literal["floor", "guard", "ceiling", "band"]  # what an accepted step must hold; see steering.py
 EndedBy = Literal["budget", "no_candidates", "target", "floor", "guard", "ceiling", "band"]  # the pruning, not the run

@@ -55,6 +55,7 @@ def metrics_of(
             },
             "groups": decision["groups"],
             "class": after["class"],
+            "form": after["form"],
         },
         "sparsity": (before["parameters"] - after["parameters"]) / before["parameters"],
         "sparsity_goal": settings.sparsity,

@@ -8,12 +8,9 @@ Symbols  width = the number of groups of a kind that a layer keeps
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from loraprune.records import KINDS, GroupKind, Mask, ModelGroups
+from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, Widths
 from loraprune.settings import Settings
-
-Widths = Literal["uniform", "per_layer"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Rules:
             settings.unlearning_epsilon,
             settings.minimum_forget_sensitivity,
             settings.min_groups_per_layer,
-            round_to=settings.round_to,
+            settings.widths,
+            settings.round_to,
         )
 
 

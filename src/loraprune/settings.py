@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loraprune.errors import UserError, nearest
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
-from loraprune.records import Compat, Metric, ScoreLoss
+from loraprune.records import Compat, Metric, ScoreLoss, Widths
 
 INSTRUCTION = "instruction"  # the name of a template; see data.py
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -213,6 +213,13 @@ class Settings:
     )
     min_groups_per_layer: int = setting(
         1, "decision", "Groups of each kind that every layer keeps.", allowed=AT_LEAST_ONE
+    )
+    widths: Widths = setting(  # noqa: RUF009  # a plain word
+        "uniform",
+        "decision",
+        "Whether every layer keeps the same number of groups of a kind (uniform: stock transformers loads the result), "
+        "or each layer its own (per_layer: the result brings its modelling code along).",
+        allowed=get_args(Widths),
     )
     round_to: int = setting(
         1,

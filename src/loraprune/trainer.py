@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loraprune.balance import Balance, TrainingSets, joined
+from loraprune.batches import PairedBatches
 from loraprune.checkpoint import (
     Point,
     RunState,
@@ -31,7 +32,7 @@ from loraprune.checkpoint import (
     restore_random,
     save_state,
 )
-from loraprune.data import Example, PairedBatches, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
 from loraprune.model import merged
