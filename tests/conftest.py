@@ -21,7 +21,7 @@ from transformers import (
 torch.set_num_threads(1)
 # Shapes are checked at run time in tests only, and only where signatures carry them: a full check of the package would
 # trip over ints given for floats and over names that are imported for the type checker alone.
-install_import_hook(["loraprune.objectives", "loraprune.sensitivity"], "beartype.beartype")
+install_import_hook(["loraprune.objectives", "loraprune.scoring", "loraprune.sensitivity"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import tomli_w
 from loraprune import cli
 from loraprune.errors import UserError
 from loraprune.records import RunReport
-from loraprune.settings import Settings, as_values, flag, kind_of
+from loraprune.settings import Settings, allowed_words, as_values, flag, kind_of
 
 ROOT = Path(__file__).parents[1]
 UNLEARN = ["unlearn", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--output", "out"]
@@ -116,7 +116,7 @@ def test_text_where_a_number_is_wanted_is_refused():
 
 
 def test_a_word_outside_a_choice_is_refused():
-    assert "metric is 'taylor'; it must be one of lora, gate." in refused(*UNLEARN, "--metric", "taylor")
+    assert "metric is 'taylor'; it must be one of lora, gate, " in refused(*UNLEARN, "--metric", "taylor")
 
 
 def test_a_column_without_a_role_is_refused():
@@ -246,6 +246,7 @@ OTHER_VALUES = {
     **{"columns": {"prompt": "q", "answer": "a=b"}, "target_modules": ("q_proj", "v_proj"), "report_to": ("wandb",)},
     **{
         "score_power": 2,
+        "widths": "per_layer",
         "template": "Q: {prompt}\nA: ",
         "already_forgotten": ("a.jsonl",),
         "max_guard_loss_ratio": 1.5,
@@ -257,7 +258,12 @@ def other_value(name):
     """Return a value that is not the setting's default."""
     if name in OTHER_VALUES:
         return OTHER_VALUES[name]
-    return {str: "x", int: 11, float: 0.25}[kind_of(name)]
+    default = getattr(Settings(), name)
+    if kind_of(name) is bool:
+        return not default
+    if words := allowed_words(name):
+        return next(word for word in words if word != default)
+    return {str: "x", int: 11, float: 0.25, tuple: ("x",)}[kind_of(name)]
 
 
 @pytest.mark.parametrize("command", ["unlearn", "prune"])

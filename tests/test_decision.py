@@ -14,8 +14,9 @@ from loraprune.groups import find_groups, meta_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.pipeline import run
 from loraprune.records import KINDS, Group
-from loraprune.rules import Rules, allowed_widths, smallest_step
-from loraprune.sensitivity import SensitivityDict, score_model, update_sensitivity_dict
+from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
+from loraprune.scoring import score_model
+from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
 from loraprune.settings import Settings
 
 GROUPS = meta_groups(FAMILY_CONFIGS["llama_gqa"]())  # 2 layers of 4 kv_groups and 24 ffn_channels
@@ -404,6 +405,82 @@ def test_compression_makes_up_for_what_an_earlier_step_took_of_one_kind():
     decision = compress(random_scores(3), kept=kept, budget=2 * GROUPS.slice_parameters("kv_group"), rules=Rules())
     assert count_by_layer(decision, "kv_group") == [2, 2]
     assert count_by_layer(decision, "ffn_channel") == [0, 0]
+
+
+# --- compression's budgets ---
+
+
+def budgeted(**values):
+    return Rules(widths="per_layer", **values)
+
+
+def test_a_budget_by_layer_takes_the_same_fraction_of_every_layer_wherever_the_lowest_lie():
+    retain = random_scores(5)
+    retain["ffn_channel"][0] /= 100  # by kind, all would come from this layer
+    budget = 12 * GROUPS.layers["ffn_channel"][0].parameters_per_group
+    rules = budgeted(budget="layer", attention_ratio=0.0)
+    decision = compress(retain, budget=budget, rules=rules)
+    assert count_by_layer(decision, "ffn_channel") == [6, 6]
+    assert count_by_layer(decision, "kv_group") == [0, 0]
+    for layer in range(2):
+        lowest = set(retain["ffn_channel"][layer].argsort()[:6].tolist())
+        assert {one.index for one in gone(decision) if one.layer == layer} == lowest
+    by_kind = compress(retain, budget=budget, rules=budgeted(attention_ratio=0.0))
+    assert count_by_layer(by_kind, "ffn_channel") == [12, 0]
+
+
+def test_a_global_budget_takes_the_lowest_of_both_kinds_and_of_all_layers():
+    retain = random_scores(6)
+    decision = compress(retain, budget=ALL, rules=budgeted(budget="global"))
+    order = [retain[one.kind][one.layer, one.index].item() for one in gone(decision)]
+    assert order == sorted(order)
+    assert {one.kind for one in gone(decision)[:12]} == set(KINDS)
+
+
+def test_plain_sums_are_weighed_by_the_parameters_that_go_with_them():
+    retain = scores(value=5.0, kv_group={(0, 1): 2.0}, ffn_channel={(1, 2): 1.0})
+    sizes = [GROUPS.layers[kind][0].parameters_per_group for kind in ("kv_group", "ffn_channel")]
+    assert sizes[0] > 2 * sizes[1]
+    first = gone(compress(retain, rules=budgeted(budget="global", per_parameter=True)))[0]
+    assert first == Group(0, "kv_group", 1)  # 2 over many parameters is less than 1 over few
+    assert gone(compress(retain, rules=budgeted(budget="global")))[0] == Group(1, "ffn_channel", 2)
+
+
+@pytest.mark.parametrize("ratio, heads, channels", [(1.0, 2, 12), (0.5, 1, 12), (2.0, 2, 6), (0.0, 0, 12)])
+@pytest.mark.parametrize("budget", ["layer", "kind"])
+def test_attention_loses_its_own_fraction_for_each_of_the_channels(budget, ratio, heads, channels):
+    rules = Rules(attention_ratio=ratio, budget=budget)
+    worth = heads * GROUPS.slice_parameters("kv_group") + channels * GROUPS.slice_parameters("ffn_channel")
+    decision = compress(random_scores(8), budget=worth, rules=rules)
+    assert count_by_layer(decision, "kv_group") == [heads] * 2
+    assert count_by_layer(decision, "ffn_channel") == [channels] * 2
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.24, 0.25, 0.3, 0.5, 0.74])
+def test_a_fraction_of_groups_is_rounded_down_in_every_layer_and_kind(fraction):
+    rules = budgeted(budget="layer")
+    decision = decide_compression(
+        random_scores(9), full_mask(GROUPS), GROUPS, budget=ALL, rules=rules, fraction=fraction
+    )
+    assert count_by_layer(decision, "kv_group") == [int(4 * fraction + 1e-9)] * 2
+    assert count_by_layer(decision, "ffn_channel") == [int(24 * fraction + 1e-9)] * 2
+    assert decision.ended_by == "budget"
+
+
+@pytest.mark.parametrize("budget", ["layer", "kind", "global"])
+def test_frozen_layers_lose_nothing_and_count_for_nothing_that_could_go(budget):
+    rules = budgeted(budget=budget, frozen_layers=("0",))
+    decision = compress(random_scores(10), rules=rules)
+    assert {one.layer for one in gone(decision)} == {1}
+    removed = full_mask(GROUPS).without(decision.removals).removed_parameters(GROUPS)
+    assert removed == most_removable(GROUPS, rules) == most_removable(GROUPS, budgeted()) / 2
+    assert smallest_step(GROUPS, rules) == GROUPS.layers["ffn_channel"][1].parameters_per_group
+
+
+def test_a_frozen_layer_keeps_also_what_only_the_forget_set_uses():
+    forget = scores(ffn_channel={(0, 1): 9.0, (1, 3): 5.0})
+    frozen = budgeted(frozen_layers=("0",))
+    assert gone(unlearn(forget, scores(value=1.0), rules=frozen)) == [Group(1, "ffn_channel", 3)]
 
 
 def test_compression_knows_no_share():

@@ -21,7 +21,8 @@ from loraprune.memory import traced
 from loraprune.model import attach_lora, load_model, pad_token_id
 from loraprune.plan import make_plan
 from loraprune.plan_tables import share_lines
-from loraprune.sensitivity import SensitivityDict, score_model, update_sensitivity_dict
+from loraprune.scoring import score_model
+from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
 from loraprune.settings import Settings, as_values, flag
 from loraprune.trial import Trial
 

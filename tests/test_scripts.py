@@ -399,15 +399,25 @@ def step_gradient(run_folder, scratch, forget_loss, micro_batch_size):
     return [one.grad.clone() for one in model.parameters() if one.grad is not None]
 
 
-def test_eight_rows_at_once_and_eight_of_one_row_decide_the_same(folder):
+@pytest.mark.parametrize(
+    ("metric", "source"), [("lora", "passes"), ("lora", "training"), ("gate", "training"), ("grad", "training")]
+)
+def test_eight_rows_at_once_and_eight_of_one_row_decide_the_same(folder, metric, source):
     decisions = []
     for size in (None, 1):
         settings = compression(
-            folder, f"micro {size}", micro_batch_size=size, retain_batch_size=8, lora_dropout=0.0, metric="lora"
+            folder,
+            f"{metric} {source} {size}",
+            micro_batch_size=size,
+            retain_batch_size=8,
+            lora_dropout=0.0,
+            metric=metric,
+            score_from=source,
         )
         decisions.append(json.loads((run(settings).folder / "decision.json").read_text())["removals"])
     for name in ("layer", "kind", "index"):
         assert decisions[0][name] == decisions[1][name]
+    assert decisions[0]["retain"] == pytest.approx(decisions[1]["retain"], rel=1e-3)
     assert decisions[0]["index"]
 
 
@@ -423,5 +433,5 @@ def test_the_schedule_begins_at_the_initial_sparsity(folder):
     events = [json.loads(line) for line in (report.folder / "events.jsonl").read_text().splitlines()]
     first = next(one for one in events if one["event"] == "accept")
     assert 0.08 <= first["sparsity"] <= 0.1
-    with pytest.raises(UserError, match="above the sparsity"):
+    with pytest.raises(UserError, match=r"initial_sparsity is 0\.2"):
         prepare(compression(folder, "x", initial_sparsity=0.2))

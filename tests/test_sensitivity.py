@@ -11,6 +11,7 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, row_means
 from loraprune.records import KINDS, Sensitivity
+from loraprune.scoring import score_model
 from loraprune.sensitivity import (
     AdapterGradient,
     MovingAverage,
@@ -23,7 +24,6 @@ from loraprune.sensitivity import (
     gate_importance,
     nonfinite_layers,
     normalised,
-    score_model,
     share_of,
     update_sensitivity_dict,
 )
@@ -392,10 +392,15 @@ def test_what_a_sensitivity_cannot_be_computed_from_is_refused():
     assert "has groups of kind ffn_channel, but is_attn is True" in refusal(layer, True, "forget", groups=consumer)
     assert "dataset_type is 'holdout'" in refusal(layer, False, "holdout", groups=consumer)
     assert "prune_metric is 'taylor'" in refusal(layer, False, "forget", "taylor", groups=consumer)
-    assert "need gate_gradient" in refusal(layer, False, "forget", "gate", groups=consumer)
-    assert "gates lie on attention output and down" in refusal(
+    assert "gate_gradient is read at attention" in refusal(layer, False, "forget", "gate", groups=consumer)
+    assert "activation is read at attention" in refusal(layer, False, "forget", "activation", groups=consumer)
+    assert "gate_gradient is read at attention output and down" in refusal(
         base.get_submodule(producer.module), False, "forget", "gate", groups=producer, gate_gradient=gate
     )
+    assert "metric grad is read after backward over the frozen weights" in refusal(
+        layer, False, "forget", "grad", groups=consumer
+    )
+    assert "carries no adapter" in refusal(layer.get_base_layer(), False, "forget", "lora", groups=consumer)
     base.zero_grad(set_to_none=True)
     assert "the adapter has no gradients" in refusal(layer, False, "forget", groups=consumer)
 

@@ -76,8 +76,8 @@ def test_a_setting_written_as_a_flag_is_not_its_name():
         ("target_modules", "q_proj", "a list of names"),
         ("target_modules", [1], "a list of names"),
         ("columns", ["prompt"], "pairs role=column"),
-        ("metric", "taylor", "one of lora, gate"),
-        ("metric", [], "one of lora, gate"),
+        ("metric", "taylor", "one of lora, gate, grad, activation, magnitude, random"),
+        ("metric", [], "one of lora, gate, grad, activation, magnitude, random"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(name, value, allowed):

@@ -8,6 +8,7 @@ Symbols  P = performance; rest = where P of an earlier request's set is held, hi
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -95,34 +96,41 @@ class Balance:
                 loss = loss + self.settings.forget_retain_ratio * pushed
         return loss, logits
 
-    def part_losses(
+    def parts(
         self, model: nn.Module, inputs: Mapping[str, Any], size: int, *, forgetting: bool, forget_weight: float
-    ) -> Iterator[Tensor]:
-        """Yield losses of at most `size` rows of one set, which add up to `loss` of the whole batch.
+    ) -> Iterator["Part"]:
+        """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
-        Each is to be taken back before the next, so that one graph is alive at a time. How hard a set is pushed down
-        depends on its whole batch, which is read without gradients first.
+        Each loss is to be taken back before the next, so that one graph is alive at a time. How hard a set is pushed
+        down depends on its whole batch, which is read without gradients first.
         """
         batch = inputs["retain"]
         for part in split_batch(batch, size):
-            share = answer_tokens(part).sum() / answer_tokens(batch).sum()
-            yield share * retain_loss(logits_of(model, part), part["labels"])
+            yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
                 yield from self._pushed_parts(model, inputs[name], self.untouched[name], weight, size)
 
+    @staticmethod
+    def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
+        share = answer_tokens(part).sum() / answer_tokens(whole).sum()
+        return share * retain_loss(logits_of(model, part), part["labels"])
+
     def _pushed_parts(
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int
-    ) -> Iterator[Tensor]:
-        parts, kind = split_batch(batch, size), self.settings.forget_loss
+    ) -> Iterator["Part"]:
+        parts = split_batch(batch, size)
         with torch.no_grad():
             performance = torch.cat([self._rows_of(model, part)[1] for part in parts])
         factor = self.settings.forget_retain_ratio * weight(batch["rows"], performance)
         for part in parts if factor else ():
-            rows, _, tokens = self._rows_of(model, part)
-            base = untouched.to(rows.device)[part["rows"]]
-            share = part_of_forget_loss(kind, tokens, answer_tokens(batch))
-            yield factor * share * forget_loss(kind, rows, tokens, base, self.settings.forget_loss_beta)
+            share = factor * part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
+            yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
+
+    def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, share: float) -> Tensor:
+        rows, _, tokens = self._rows_of(model, part)
+        base = untouched.to(rows.device)[part["rows"]]
+        return share * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
 
     def _weights(self, forgetting: bool, forget_weight: float) -> dict[str, Weight]:
         """Return by what each set is pushed down at this step, given a batch's rows and their P."""
@@ -162,6 +170,14 @@ class Balance:
         values, counted = answer_log_probabilities(logits_of(model, batch), batch["labels"])
         rows, tokens = row_sums(values, counted), counted.sum(1)
         return rows, (rows.detach() / tokens).exp(), tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one set in a training step; `loss` runs the model on them."""
+
+    rows: int
+    loss: Callable[[], Tensor]
 
 
 def answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -50,6 +50,9 @@ UNLEARNING_ONLY = (
     *("minimum_forget_sensitivity", "max_sparsity", "forget_target", "band"),
     *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "show_examples"),
 )
+COMPRESSION_ONLY = (
+    *("data", "preset", "score_from", "score_every", "budget", "attention_ratio", "sparsity_of", "schedule"),
+)
 EVALUATION_ONLY = ("cache", "compat", "rouge_rows", "gradient_norm")
 EVALUATION = (
     *("model", "reference", "dtype", "device", "trust_remote_code"),
@@ -165,7 +168,7 @@ def _demo(settings: Settings, options: Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "unlearn": Command(
         "Cut out what serves the forget set and not the retain set.",
-        _all_but("data", *EVALUATION_ONLY, *ATTACK_ONLY),
+        _all_but(*COMPRESSION_ONLY, *EVALUATION_ONLY, *ATTACK_ONLY),
         ("model", "forget", "retain", "output"),
         _run,
         others=CONFIG,

@@ -8,14 +8,14 @@ Symbols  unit = each layer's best remaining groups of a kind, down to the next w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraprune.records import KINDS, Decision, Group, GroupKind, Mask, ModelGroups, Removal
-from loraprune.rules import Rules, allowed_widths
+from loraprune.rules import Rules, allowed_widths, frozen_layers
 from loraprune.sensitivity import dual_score, share_of
 
 Scores = Mapping[GroupKind, Tensor]
@@ -75,17 +75,49 @@ def decide_unlearning(
 
 
 def decide_compression(
-    retain: Scores, kept: Mask, groups: ModelGroups, *, budget: int, rules: Rules, step: int = 0
+    retain: Scores,
+    kept: Mask,
+    groups: ModelGroups,
+    *,
+    budget: int,
+    rules: Rules,
+    step: int = 0,
+    fraction: float | None = None,
 ) -> Decision:
-    """Return the groups of lowest sensitivity, as nearly as possible the same fraction of each kind, worth `budget`."""
+    """Return the groups of lowest sensitivity that go now, worth `budget` parameters.
+
+    What loses the same fraction, as nearly as possible, is each layer, each kind, or nothing: then all groups stand in
+    one ranking. `fraction` is what may be gone of each, in place of a budget.
+    """
     ranked = []
     for kind in sorted(KINDS):
         order = torch.where(kept.kept[kind], retain[kind], torch.inf).sort(dim=1, stable=True).indices
         units = _units(kind, order, kept, groups, rules)
         needed = units.mean(retain[kind])
-        key = _fraction_gone(units, needed, kept.kept[kind])
-        ranked.append(_Ranked(units, key, torch.ones_like(key, dtype=torch.bool), None, None, needed))
-    return _decision(ranked, budget, step)
+        key = _compression_key(units, needed, kept.kept[kind], rules)
+        candidate = key.isfinite() if fraction is None else key <= fraction + ROUNDING
+        ranked.append(_Ranked(units, key, candidate, None, None, needed))
+    decision = _decision(ranked, budget, step)
+    return decision if fraction is None else replace(decision, ended_by="budget")
+
+
+ROUNDING = 1e-9  # of a fraction: 0.3 of 10 groups is 3 of them, not 2
+
+
+def _compression_key(units: _Units, needed: Tensor, kept: Tensor, rules: Rules) -> Tensor:
+    """Return by what units go, (C, U), lowest first: the fraction gone once they are, or how little they matter."""
+    if rules.budget == "global":
+        weight = units.parameters / units.size.clamp(min=1) if rules.per_parameter else torch.ones_like(needed)
+        return needed / weight.clamp(min=1)
+    gone = _layer_gone(units, kept) if rules.budget == "layer" else _fraction_gone(units, needed, kept)
+    return gone if units.kind == "ffn_channel" else gone / rules.attention_ratio
+
+
+def _layer_gone(units: _Units, kept: Tensor) -> Tensor:
+    """Return which part of a unit's layers is gone once the unit is."""
+    layers = len(kept) // len(units.size)  # of one chain: all under uniform widths, else one
+    before = (~kept).sum(1).reshape(len(units.size), layers).sum(1, keepdim=True)
+    return (before + units.size.cumsum(1)).double() / (layers * kept.shape[1])
 
 
 def _unlearning_order(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
@@ -105,7 +137,9 @@ def _units(kind: GroupKind, order: Tensor, kept: Mask, groups: ModelGroups, rule
     places = torch.arange(order.shape[1]).repeat(len(order), 1)
     unit = torch.searchsorted(left[:, None] - widths, places, right=True)
     chain = torch.zeros(len(left), dtype=torch.long) if uniform else torch.arange(len(left))
-    number = torch.where(unit < len(widths), unit + chain[:, None] * len(widths), shape[0] * shape[1])
+    stays = unit >= len(widths)
+    stays[list(frozen_layers(rules, groups.depth))] = True
+    number = torch.where(stays, shape[0] * shape[1], unit + chain[:, None] * len(widths))
     cost = torch.tensor([[one.parameters_per_group] for one in groups.layers[kind]]).expand_as(order)
     size = _sum_by_unit(number, torch.ones_like(order), shape)
     return _Units(kind, order, number, size.long(), _sum_by_unit(number, cost, shape).long())

@@ -21,7 +21,7 @@ from loraprune.evaluate import answer_values
 from loraprune.memory import FEW, Footprint, Rows, affordable, fewer, footprint_of
 from loraprune.objectives import IGNORED
 from loraprune.records import DatasetType, Sensitivity
-from loraprune.sensitivity import score_model
+from loraprune.scoring import score_model
 from loraprune.settings import Settings
 from loraprune.trainer import LoRAPruneTrainer
 
@@ -156,6 +156,9 @@ class Passes:
             dataset_type,
             prune_metric=self.settings.metric,
             loss=self.settings.score_loss,
+            third_term=self.settings.third_term,
+            unit_norm=self.settings.score_norm == "module",
+            seed=self.settings.seed,
             power=self.settings.score_power,
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from loraprune import modeling_per_layer as code
 from loraprune.errors import UserError
@@ -124,6 +124,6 @@ def check_layers(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 def _as_stock(layer: PretrainedConfig) -> PretrainedConfig:
     """Return the config that a stock model of this layer's widths throughout would have."""
     own = copy(layer)
-    own.model_type = layer.model_type.removeprefix(code.MODEL_TYPE)
+    own.__dict__["model_type"] = layer.model_type.removeprefix(code.MODEL_TYPE)  # of this instance, not of its class
     own.architectures = [family_of(layer).architecture]
     return own

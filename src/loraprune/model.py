@@ -185,7 +185,7 @@ def load_pruned(path: str | Path, **options: Any) -> Any:
     """Return a written checkpoint in eval mode, whatever its form; code that lies in its folder is not run.
 
     `path`: a folder or a hub name; `options` go to transformers' from_pretrained, such as dtype or device_map. Raises
-    UserError where the folder is no checkpoint, or where its weights or its modelling file are not what its config says.
+    UserError where the folder is no checkpoint, or where weights or modelling file are not what the config says.
     """
     checked_config(str(path), Settings())
     model: Any = AutoModelForCausalLM.from_pretrained(

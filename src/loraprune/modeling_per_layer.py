@@ -1,6 +1,6 @@
 """Causal language models whose layers differ in width: every layer is the family's own, built from its own widths.
 
-Reads    config.json with `per_layer_config`: num_attention_heads, num_key_value_heads and intermediate_size of each layer
+Reads    config.json with `per_layer_config`: each layer's WIDTHS
 Gives    PerLayer<Family>Config and PerLayer<Family>ForCausalLM for every family of FAMILIES, made when first asked for
 Source   -  (this file ships with the checkpoint and needs nothing but transformers and torch)
 Symbols  a layer's own widths stand in its LayerConfig; everything else there is the model's config
@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import PreTrainedConfig
 
 FAMILIES = {  # transformers' name of a family: how its classes begin
     "llama": "Llama",
@@ -52,6 +53,10 @@ class PerLayerConfig:
             heads, shared = layer.num_attention_heads, layer.num_key_value_heads
             if heads % shared:
                 raise ValueError(f"layer {index}: {heads} query heads do not share {shared} key/value heads evenly")
+
+    def validate_rope(self) -> None:
+        """Leave a family's own check out: Phi-3's takes a head to be hidden_size / heads wide, which a cut changes."""
+        PreTrainedConfig.validate_rope(self)  # pyright: ignore[reportArgumentType]
 
 
 class PerLayerForCausalLM:

@@ -48,11 +48,11 @@ from loraprune.progress import stage
 from loraprune.records import KINDS, RunReport, removal_columns, removals_from
 from loraprune.report import model_card, result_table, write_report
 from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
-from loraprune.rules import Rules, smallest_step
+from loraprune.rules import Rules, removed_share, smallest_share
 from loraprune.settings import Settings, as_values
 from loraprune.steering import Probe, Probes, Steering, Target, find_ceilings, find_limits, find_target
 from loraprune.trainer import LoRAPruneTrainer
-from loraprune.words import counted
+from loraprune.words import FORMS, counted
 
 Values = dict[str, Any]
 LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language ability
@@ -80,6 +80,11 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
             console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
+        if metrics["model"].get("form") == "per_layer":
+            console.print(
+                f"checkpoint: {FORMS['per_layer']}; transformers loads it with trust_remote_code=True, "
+                "loraprune.load_pruned without running code from the folder"
+            )
         if settings.show_examples:
             show_examples(settings, inputs, folder.path / "model", console)
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))
@@ -392,7 +397,8 @@ def _write_decision(folder: RunFolder, state: RunState, live: LiveMask, rules: R
         {
             "ended_by": state.ended_by,
             "steps": state.step,
-            "smallest_step": smallest_step(live.groups, rules, live.value) / live.groups.total_parameters,
+            "smallest_step": smallest_share(live.groups, rules, live.value),
+            "reached": removed_share(live.value, live.groups, rules),  # of what sparsity is asked for
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite
             "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery
@@ -432,7 +438,7 @@ def _write_evidence(
     write_json(folder.path / "model" / LEDGER, reproduce)  # the ledger goes where the model goes
     write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
     decision = folder.read("decision.json")
-    ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"]}
+    ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"], "form": metrics["model"]["form"]}
     folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))
     write_json(folder.path / "metrics.json", metrics)
 

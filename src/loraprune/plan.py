@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from loraprune.decision import Rules, decide_compression, decide_unlearning
 from loraprune.folder import RunFolder
+from loraprune.forms import form_of, has_stock_form, per_layer_config
 from loraprune.inputs import Inputs, prepare, require
 from loraprune.ledger import Ledger, read_ledger
 from loraprune.mask import full_mask
@@ -56,7 +57,7 @@ def make_plan(settings: Settings) -> Values:
                 "groups": group_values(trial.groups, decide),
                 "shares": share_values(settings, trial, decide) if settings.is_unlearning else None,
                 "overlap": overlap_values(inputs),
-                "checkpoint": checkpoint_values(inputs.config, trial.groups, goal),
+                "checkpoint": checkpoint_values(inputs.config, trial.groups, goal, settings),
             }
             estimates = trial.estimates(goal)
             advance(2, "passes measured")
@@ -109,7 +110,8 @@ class Decider:
     def compress(self, budget: int) -> Decision:
         """Return what goes by sensitivity on the retain set alone."""
         retain, kept = self.sensitivities.retain.values(), full_mask(self.groups)
-        return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules)
+        fraction = budget / self.groups.total_parameters if self.rules.of_groups else None
+        return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules, fraction=fraction)
 
     def at_goal(self, settings: Settings) -> Mask:
         """Return the mask that the scores lead to when the sparsity of the settings is pruned at once."""
@@ -174,13 +176,14 @@ def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
     alone = decide.unlearn(threshold=thresholds[0], widths="per_layer")
     rows = []
     for threshold in thresholds:
-        together = decide.unlearn(threshold=threshold)
+        together = decide.unlearn(threshold=threshold, widths="uniform")
+        asked = decide.unlearn(threshold=threshold)
         rows.append(
             {
                 "threshold": threshold,
                 "slices": {kind: count // trial.groups.depth for kind, count in by_kind(together).items()},
                 "groups": by_kind(_above(alone, threshold)),
-                "sparsity": decide.sparsity(together),
+                "sparsity": decide.sparsity(asked),
             }
         )
     own = next(row for row in rows if row["threshold"] == settings.unlearning_threshold)
@@ -211,26 +214,43 @@ def overlap_values(inputs: Inputs) -> Values | None:
     return {"exact": len(inputs.overlap.exact), "near": len(pairs), "nearest": pairs[:SHOWN_PAIRS]}
 
 
-def checkpoint_values(config: PretrainedConfig, groups: ModelGroups, goal: Mask) -> Values:
-    """Return which stock class loads the result, for every number of kv_groups that may be left and for the goal's."""
+def checkpoint_values(config: PretrainedConfig, groups: ModelGroups, goal: Mask, settings: Settings) -> Values:
+    """Return the form and class of the result: for every number of kv_groups that may be left, and for the goal's.
+
+    Under per-layer widths there is one class for whatever the layers keep; the goal says the least and the most of it.
+    """
+    count = groups.count("kv_group")
+    uniform = settings.widths == "uniform"
+    written = (cut_config if has_stock_form(groups, goal) else per_layer_config)(config, groups, goal)
+    return {
+        "form": form_of(written),
+        "widths": settings.widths,
+        "kv_groups": count,
+        "classes": _classes(config, groups) if uniform else {},
+        "never": [n for n in range(count - 1, 0, -1) if n not in groups.allowed_kv_groups] if uniform else [],
+        "goal": {
+            "class": (written.architectures or [groups.family])[0],
+            "kv_groups": _span(goal, "kv_group"),
+            "ffn_channels": _span(goal, "ffn_channel"),
+            "sparsity": goal.sparsity(groups),
+        },
+    }
+
+
+def _span(mask: Mask, kind: GroupKind) -> int | list[int]:
+    """Return how many groups of a kind every layer keeps, or the least and the most where layers differ."""
+    kept = mask.kept[kind].sum(1)
+    least, most = int(kept.min()), int(kept.max())
+    return least if least == most else [least, most]
+
+
+def _classes(config: PretrainedConfig, groups: ModelGroups) -> dict[str, list[int]]:
     count = groups.count("kv_group")
     classes: dict[str, list[int]] = {}
     for left in range(count, 0, -1):
         if left == count or left in groups.allowed_kv_groups:
             classes.setdefault(_class_with(config, groups, left), []).append(left)
-    left = int(goal.kept["kv_group"][0].sum())
-    return {
-        "form": "stock",
-        "kv_groups": count,
-        "classes": classes,
-        "never": [n for n in range(count - 1, 0, -1) if n not in groups.allowed_kv_groups],
-        "goal": {
-            "class": _class_with(config, groups, left),
-            "kv_groups": left,
-            "ffn_channels": int(goal.kept["ffn_channel"][0].sum()),
-            "sparsity": goal.sparsity(groups),
-        },
-    }
+    return classes
 
 
 def _class_with(config: PretrainedConfig, groups: ModelGroups, left: int) -> str:

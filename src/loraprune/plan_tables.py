@@ -15,9 +15,20 @@ from rich.text import Text
 
 from loraprune.progress import duration_text
 from loraprune.records import KINDS
-from loraprune.words import Values, percent
+from loraprune.words import FORMS, Values, percent
 
 AS_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
+READERS = {
+    "stock": (
+        "  transformers loads it by AutoModelForCausalLM, without this package",
+        "  not run here: vLLM serves uniform widths as any model of the class, llama.cpp as architecture llama",
+    ),
+    "per_layer": (
+        "  transformers loads it by AutoModelForCausalLM with trust_remote_code=True, without this package;",
+        "  loraprune.load_pruned loads it without running code from its folder; no further request can start from it",
+        "  not run here: vLLM's stock classes have no widths by layer; llama.cpp's architecture deci has",
+    ),
+}
 PARTS = ("weights", "adapters", "optimizer", "activations", "needed", "resident")
 
 
@@ -112,22 +123,22 @@ def overlap_lines(overlap: Values | None) -> list[str]:
 
 
 def checkpoint_lines(checkpoint: Values) -> list[str]:
-    """Return which class the result loads in, by the number of kv_groups left, and what else can read it."""
+    """Return which form and class the result has, by the number of kv_groups left, and what else can read it."""
     goal = checkpoint["goal"]
     lines = [
-        f"checkpoint: stock, the same widths in every layer; pruned at once to sparsity {goal['sparsity']:.3f} it "
-        f"would be {goal['class']} with {goal['kv_groups']} of {checkpoint['kv_groups']} kv_groups and "
-        f"{goal['ffn_channels']:,} ffn_channels a layer"
+        f"checkpoint: {FORMS[checkpoint['form']]}; pruned at once to sparsity {goal['sparsity']:.3f} it "
+        f"would be {goal['class']} with {_span_text(goal['kv_groups'])} of {checkpoint['kv_groups']} kv_groups and "
+        f"{_span_text(goal['ffn_channels'])} ffn_channels a layer"
     ]
     for name, counts in checkpoint["classes"].items():
         lines.append(f"  {name} with {', '.join(map(str, counts))} kv_groups")
     if checkpoint["never"]:
         lines.append(f"  {', '.join(map(str, checkpoint['never']))} kv_groups are never left: no stock class has them")
-    lines.append("  transformers loads it by AutoModelForCausalLM, without this package")
-    lines.append(
-        "  not run here: vLLM serves uniform widths as any model of the class, llama.cpp as architecture llama"
-    )
-    return [*lines, ""]
+    return [*lines, *READERS[checkpoint["form"]], ""]
+
+
+def _span_text(kept: int | list[int]) -> str:
+    return f"{kept:,}" if isinstance(kept, int) else f"{kept[0]:,} to {kept[1]:,}"
 
 
 # --- memory, time -----------------------------------------------------------------------------------------------------

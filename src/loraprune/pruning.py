@@ -67,16 +67,20 @@ def local_prune(
     live, rules = mask_of(model), rules or Rules()
     if forget_performance is not None and forget_goal is not None and forget_performance <= forget_goal:
         return Decision((), "target")
-    budget = round(min(ratio, target_ratio) * live.groups.total_parameters) - live.value.removed_parameters(live.groups)
-    decision = _decide(live, sensitivity_dict, budget, rules, step)
+    decision = _decide(live, sensitivity_dict, min(ratio, target_ratio), rules, step)
     live.set(live.value.without(decision.removals))
     return decision
 
 
-def _decide(live: LiveMask, sensitivity_dict: SensitivityDict, budget: int, rules: Rules, step: int) -> Decision:
-    retain = sensitivity_dict.retain.values()
+def _decide(live: LiveMask, sensitivity_dict: SensitivityDict, ratio: float, rules: Rules, step: int) -> Decision:
+    retain, total = sensitivity_dict.retain.values(), live.groups.total_parameters
+    budget = round(ratio * total) - live.value.removed_parameters(live.groups)
     if sensitivity_dict.forget.totals is None:
-        return decide_compression(retain, live.value, live.groups, budget=budget, rules=rules, step=step)
+        fraction = ratio if rules.of_groups else None
+        worth = total if rules.of_groups else budget
+        return decide_compression(
+            retain, live.value, live.groups, budget=worth, rules=rules, step=step, fraction=fraction
+        )
     forget = sensitivity_dict.forget.values()
     return decide_unlearning(forget, retain, live.value, live.groups, budget=budget, rules=rules, step=step)
 
@@ -104,12 +108,13 @@ def unlearning_prune(
     `look` measures the model as it is; `limits` adds a guard, ceilings and the band's lower end. A step that breaks one
     gets `repair`, which returns how many training steps it took; still broken, `roll_back` (default: the model as it
     came in) undoes it and half the step is tried, until the smallest fails: then nothing goes and the decision is ended
-    by the limit's name. `forget_dict` None: plain compression. `ratio`: removed / all parameters allowed afterwards.
+    by the limit's name. `forget_dict` None: plain compression. `ratio`: removed / all parameters allowed afterwards, or
+    of every layer's groups where the rules count these.
     """
     live, rules = mask_of(model), replace(rules or Rules(), threshold=threshold)
     limits = replace(limits or Limits(), min_retain_performance=min_retain_performance)
     scores, roll_back = SensitivityDict.of(forget_dict, retain_dict), roll_back or _back_to_now(model, look)
-    begun = live.value.sparsity(live.groups)
+    begun = 0.0 if rules.of_groups else live.value.sparsity(live.groups)
     allowance, smallest = ratio - begun, smallest_step(live.groups, rules, live.value) / live.groups.total_parameters
     while True:
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}

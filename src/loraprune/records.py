@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 GroupKind = Literal["kv_group", "ffn_channel"]
 KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
 DatasetType = Literal["forget", "retain"]
-Metric = Literal["lora", "gate"]
+Metric = Literal["lora", "gate", "grad", "activation", "magnitude", "random"]
+ScoreNorm = Literal["mean", "module", "none"]  # what a score is divided by before it is averaged over time
+ScoreFrom = Literal["passes", "training"]
+Schedule = Literal["cubic", "released"]
+Budget = Literal["layer", "kind", "global"]  # what loses the same fraction under compression
 ScoreLoss = Literal["nll", "log_odds"]
 Widths = Literal["uniform", "per_layer"]  # the same in every layer, or each layer its own
 Compat = Literal["none", "open-unlearning"]  # whose attention mask an evaluation takes; see answers.py

@@ -29,6 +29,7 @@ from loraprune.records import KINDS
 from loraprune.settings import Settings, setting_names, settings_from, value_text
 from loraprune.words import (
     ENDINGS,
+    FORMS,
     TARGET_SOURCES,
     Values,
     apart,
@@ -42,6 +43,12 @@ from loraprune.words import (
 SOURCES = (
     *("model", "reference", "original", "forget", "retain", "data", "holdout", "bystander", "guard"),
     *("already_forgotten", "floor_rows", "final_rows"),
+)
+OWN_CODE = (
+    "",
+    "Its layers differ in width, which no stock class holds: `modeling_per_layer.py` in this folder builds each layer",
+    "of the stock class from its own widths (`per_layer_config` in config.json). With loraprune installed,",
+    '`loraprune.load_pruned("this/folder")` loads it without running code from the folder.',
 )
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -71,6 +78,12 @@ def _model_rows(metrics: Values) -> list[ResultRow]:
     pairs |= {f"{kind}s": model["groups"][kind] for kind in KINDS if kind in model.get("groups", {})}
     rows = [_count_row(name, pair) for name, pair in pairs.items() if pair["after"] is not None]
     return [*rows, ResultRow("sparsity", after=number_text(metrics["sparsity"]))]
+
+
+def _form_words(metrics: Values) -> str:
+    """Return in which form the checkpoint was written; empty for runs that did not say."""
+    model = metrics["model"]
+    return f"The checkpoint's form is {FORMS[model['form']]} ({model['class']})." if "form" in model else ""
 
 
 def _count_row(name: str, pair: Values) -> ResultRow:
@@ -289,6 +302,7 @@ def _page_values(folder: Path, metrics: Values) -> dict[str, Any]:
         "outcome": outcome_text(metrics),
         "goal_met": metrics["goal_met"],
         "cost": _cost_words(metrics),
+        "form": _form_words(metrics),
         "figure": base64.b64encode(figure_bytes(metrics, read_events(folder / "events.jsonl"))).decode(),
         "removed": removed_by_layer(decision, metrics["model"]["groups"]) if decision else {},
         "ended_by": ENDINGS.get(decision["ended_by"], decision["ended_by"]) if decision else "",
@@ -366,7 +380,7 @@ def model_card(values: Values, metrics: Values) -> str:
         f"# {name}, {'unlearned' if metrics.get('forget') else 'pruned'} with loraprune",
         _introduction(metrics),
         f"## Results\n\n{_markdown_results(metrics)}\n\n**{outcome_text(metrics)}**",
-        f"## Load it\n\n{_loading()}",
+        f"## Load it\n\n{_loading(metrics['model'].get('form', 'stock'))}",
         f"## Settings that made it\n\nAll others are loraprune's defaults.\n\n{_markdown_settings(values)}",
         "## Limits\n\n" + "\n".join(f"- {one}" for one in limits(metrics)),
     )
@@ -400,16 +414,16 @@ def _markdown_results(metrics: Values) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _loading() -> str:
-    return "\n".join(
-        (
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            'model = AutoModelForCausalLM.from_pretrained("this/folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
-            "```",
-        )
-    )
+def _loading(form: str) -> str:
+    trust = ", trust_remote_code=True" if form == "per_layer" else ""
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("this/folder"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("this/folder"{trust})',
+        "```",
+    ]
+    return "\n".join([*lines, *(OWN_CODE if form == "per_layer" else ())])
 
 
 def _markdown_settings(values: Values) -> str:

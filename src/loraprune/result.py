@@ -19,6 +19,7 @@ from loraprune.interval import ratio_interval
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import checkpoint_bytes, device_of
 from loraprune.records import KINDS, Look, Outcome
+from loraprune.schedule import last_sparsity
 from loraprune.settings import Settings
 from loraprune.steering import Steering, Target
 
@@ -55,7 +56,7 @@ def metrics_of(
             },
             "groups": decision["groups"],
             "class": after["class"],
-            "form": after["form"],
+            "form": after.get("form", "stock"),
         },
         "sparsity": (before["parameters"] - after["parameters"]) / before["parameters"],
         "sparsity_goal": settings.sparsity,
@@ -142,7 +143,7 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
     A run that missed its goal and that a limit held back, be it once, ended at the floor: with less to keep it would
     have gone further. Only where P(forget) arrived and no candidate was left, it is those that were missing.
     """
-    enough = settings.sparsity is None or values["sparsity"] >= settings.sparsity - decision["smallest_step"]
+    enough = settings.sparsity is None or decision["reached"] >= last_sparsity(settings) - decision["smallest_step"]
     arrived = target is None or target.holds(values["forget"]["after"]["performance"])
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
     hard = ("floor", "guard", "ceiling")

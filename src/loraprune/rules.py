@@ -9,7 +9,8 @@ Symbols  width = the number of groups of a kind that a layer keeps
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, Widths
+from loraprune.errors import UserError
+from loraprune.records import KINDS, Budget, GroupKind, Mask, ModelGroups, Widths
 from loraprune.settings import Settings
 
 
@@ -23,6 +24,11 @@ class Rules:
     min_groups_per_layer: int = 1
     widths: Widths = "uniform"
     round_to: int = 1
+    frozen_layers: tuple[str, ...] = ()
+    budget: Budget = "kind"
+    attention_ratio: float = 1.0
+    of_groups: bool = False  # whether a budget counts groups of every layer, not parameters of the model
+    per_parameter: bool = False  # whether one ranking over both kinds weighs a group by its parameters
 
     @staticmethod
     def of(settings: Settings) -> "Rules":
@@ -34,7 +40,38 @@ class Rules:
             settings.min_groups_per_layer,
             settings.widths,
             settings.round_to,
+            settings.frozen_layers,
+            settings.budget,
+            settings.attention_ratio,
+            settings.sparsity_of == "groups",
+            settings.score_norm == "none",
         )
+
+
+FIRST_TENTH = "first-tenth"
+
+
+def frozen_layers(rules: Rules, depth: int) -> frozenset[int]:
+    """Return the layers that lose nothing; raise UserError for a name that is none of a model of this depth."""
+    frozen: set[int] = set()
+    for name in rules.frozen_layers:
+        number = int(name) if name.removeprefix("-").isdecimal() else None
+        if name == FIRST_TENTH:
+            frozen |= set(range(depth // 10))
+        elif number is not None and -depth <= number < depth:
+            frozen.add(number % depth)
+        else:
+            raise UserError(
+                f"frozen_layers names {name!r}; the model has layers 0 to {depth - 1}.",
+                "a layer that is not there cannot be kept whole.",
+                f"give numbers from {-depth} to {depth - 1}, or {FIRST_TENTH}.",
+            )
+    return frozenset(frozen)
+
+
+def open_layers(rules: Rules, depth: int) -> list[int]:
+    """Return the layers that may lose groups."""
+    return sorted(set(range(depth)) - frozen_layers(rules, depth))
 
 
 def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[int]:
@@ -65,11 +102,26 @@ def smallest_step(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -
 def _next_steps(kind: GroupKind, left: Sequence[int], groups: ModelGroups, rules: Rules) -> Iterator[int]:
     """Give the parameters down to the next lower width: of all layers together, or of each layer."""
     widths = allowed_widths(kind, groups, rules)
-    together = [range(groups.depth)] if rules.widths == "uniform" else [[layer] for layer in range(groups.depth)]
+    layers = open_layers(rules, groups.depth)
+    together = [layers] if rules.widths == "uniform" else [[layer] for layer in layers]
     for layers in together:
         width = next((one for one in widths if one < min(left[layer] for layer in layers)), None)
         if width is not None:
             yield sum((left[layer] - width) * groups.layers[kind][layer].parameters_per_group for layer in layers)
+
+
+def removed_share(mask: Mask, groups: ModelGroups, rules: Rules) -> float:
+    """Return how much is gone, in what the rules count: of all parameters, or of the channels of layers not frozen."""
+    if not rules.of_groups:
+        return mask.sparsity(groups)
+    return 1.0 - float(mask.kept["ffn_channel"][open_layers(rules, groups.depth)].double().mean())
+
+
+def smallest_share(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> float:
+    """Return the smallest step in what the rules count."""
+    if rules.of_groups:
+        return 1.0 / groups.count("ffn_channel")
+    return smallest_step(groups, rules, kept) / groups.total_parameters
 
 
 def most_removable(groups: ModelGroups, rules: Rules) -> int:
@@ -77,5 +129,6 @@ def most_removable(groups: ModelGroups, rules: Rules) -> int:
     spare: list[int] = []
     for kind in KINDS:
         untouched, *lower = allowed_widths(kind, groups, rules)
-        spare.append((untouched - min(lower, default=untouched)) * groups.slice_parameters(kind))
+        parameters = sum(groups.layers[kind][layer].parameters_per_group for layer in open_layers(rules, groups.depth))
+        spare.append((untouched - min(lower, default=untouched)) * parameters)
     return sum(spare)

@@ -1,27 +1,22 @@
 """Sensitivity: how much a data set's loss depends on one group.
 
-Reads    adapter weights and gradients, the frozen weight; or the gradients of per-example gates
+Reads    adapter weights and gradients, the frozen weight and its gradient; gradients of gates; sizes of activations
 Gives    one number >= 0 per group and data set; the dual score S and the share S / (1 + S)
 Source   LoRAPrune, arXiv 2305.18403, eq. 5-10; differs: third term optional, normalised per data set and kind
 Symbols  o out features, i in features, r rank, g groups of a layer, L layers, G groups in each
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loraprune.mask import LiveMask
-from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
-from loraprune.records import KINDS, DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreLoss, Sensitivity
+from loraprune.records import DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreNorm, Sensitivity
 
 Number = TypeVar("Number", float, Tensor)
 CHUNK_ROWS = 1024  # of a weight at a time, so that no second matrix of its size is made
@@ -35,7 +30,7 @@ class AdapterGradient(NamedTuple):
 
 
 def compute_sensitivity(
-    layer: LoraLayer,
+    layer: nn.Module,
     is_attn: bool,
     dataset_type: DatasetType,
     prune_metric: Metric = "lora",
@@ -43,32 +38,44 @@ def compute_sensitivity(
     *,
     groups: ProjectionGroups,
     gate_gradient: Float[Tensor, "batch 1 width"] | None = None,
+    activation: Float[Tensor, " width"] | None = None,
     power: int = 1,
     third_term: bool = False,
     unit_norm: bool = False,
 ) -> Float[Tensor, " g"]:
-    """Return the change of one data set's loss per group of one projection, from its gradients alone.
+    """Return the change of one data set's loss per group of one projection, from what its passes left behind.
 
-    `lora` reads the gradients that lie on the layer's adapter (arXiv 2305.18403, eq. 8); `gate` reads
-    `gate_gradient` of the attention output or down projection, one row per example. Unit: the loss's.
+    `lora` reads the gradients that lie on the layer's adapter (arXiv 2305.18403, eq. 8), `grad` the one on its frozen
+    weight, `magnitude` the weight alone; unit: the loss's, for `magnitude` the weight's. `gate` reads `gate_gradient`,
+    one row per example, and `activation` the mean size of every input, both of the attention output or down projection.
     `unit_norm` divides by the L2 norm over the projection's groups, guarded by `epsilon` (the released code).
-    Raises ValueError when `is_attn` and `groups` disagree, or a gradient that the metric needs is missing.
+    Raises ValueError when `is_attn` and `groups` disagree, or something that the metric needs is missing.
     """
     if is_attn != (groups.kind == "kv_group"):
         raise ValueError(f"{groups.module} has groups of kind {groups.kind}, but is_attn is {is_attn}")
     if dataset_type not in ("forget", "retain"):
         raise ValueError(f"dataset_type is {dataset_type!r}; it must be 'forget' or 'retain'")
     if prune_metric == "gate":
-        if gate_gradient is None or groups.axis != 1:
-            raise ValueError(
-                f"gates lie on attention output and down projections and need gate_gradient: {groups.module}"
-            )
-        values = gate_importance(gate_gradient, groups, power)
+        values = gate_importance(_read_at_consumer("gate_gradient", gate_gradient, groups), groups, power)
+    elif prune_metric == "activation":
+        values = activation_importance(layer, _read_at_consumer("activation", activation, groups), groups, power)
     elif prune_metric == "lora":
-        values = adapter_importance(layer, adapter_gradient(layer), groups, power=power, third_term=third_term)
+        adapted = _adapted(layer, groups)
+        gradient = adapter_gradient(adapted)
+        values = adapter_importance(adapted, gradient, groups, power=power, third_term=third_term)
+    elif prune_metric in ("grad", "magnitude"):
+        values = weight_importance(layer, groups, power, by_gradient=prune_metric == "grad")
     else:
-        raise ValueError(f"prune_metric is {prune_metric!r}; it must be 'lora' or 'gate'")
+        raise ValueError(f"prune_metric is {prune_metric!r}; it must be lora, gate, grad, activation or magnitude")
     return values / (values.norm() + epsilon) if unit_norm else values
+
+
+def _read_at_consumer(name: str, given: Tensor | None, groups: ProjectionGroups) -> Tensor:
+    if given is None or groups.axis != 1:
+        raise ValueError(
+            f"{name} is read at attention output and down projections, and is needed there: {groups.module}"
+        )
+    return given
 
 
 def compute_dual_sensitivity(
@@ -144,116 +151,74 @@ def adapter_importance(
     return total.reshape(groups.count, groups.size).sum(1)
 
 
+def weight_importance(
+    layer: nn.Module, groups: ProjectionGroups, power: int, *, by_gradient: bool
+) -> Float[Tensor, " g"]:
+    """Return the sum over a group's weights of |W + s B A| ** power, each times its own gradient where asked for.
+
+    Raises ValueError when there should be a gradient and is none.
+    """
+    gradient = base_of(layer).weight.grad if by_gradient else None
+    if by_gradient and gradient is None:
+        raise ValueError(f"{groups.module} has no gradient: metric grad is read after backward over the frozen weights")
+
+    def block(rows: slice, weight: Tensor) -> Tensor:
+        return weight if gradient is None else weight * gradient[rows].to(weight.dtype)
+
+    return _summed(layer, groups, power, block)
+
+
+def activation_importance(
+    layer: nn.Module, activation: Float[Tensor, " width"], groups: ProjectionGroups, power: int
+) -> Float[Tensor, " g"]:
+    """Return the sum over a group's columns of (mean |input| x L2 norm of the column of W + s B A) ** power."""
+    whole = replace(groups, count=groups.count * groups.size, size=1)
+    norms = _summed(layer, whole, 2, lambda rows, weight: weight).sqrt()
+    sizes = (activation.to(norms.device).double() * norms).pow(power)
+    return sizes.reshape(groups.count, groups.size).sum(1)
+
+
+def _summed(
+    layer: nn.Module, groups: ProjectionGroups, power: int, block: Callable[[slice, Tensor], Tensor]
+) -> Float[Tensor, " g"]:
+    """Return the sums over each group of |block| ** power; a block is made of some rows of W + s B A."""
+    weight = dequantize_module_weight(base_of(layer))
+    total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        values = block(rows, _effective(layer, weight[rows].detach().float(), rows)).abs().pow_(power)
+        if groups.axis == 0:
+            total[rows] = values.sum(1, dtype=torch.float64)
+        else:
+            total += values.sum(0, dtype=torch.float64)
+    return total.reshape(groups.count, groups.size).sum(1)
+
+
+def _effective(layer: nn.Module, weight: Tensor, rows: slice) -> Tensor:
+    """Return rows of W + s B A, given those of W."""
+    if not isinstance(layer, LoraLayer):
+        return weight
+    name = _active_adapter(layer)
+    a, b = (one[name].get_parameter("weight").detach() for one in (layer.lora_A, layer.lora_B))
+    return torch.addmm(weight, b[rows].float(), a.float(), alpha=layer.scaling[name])
+
+
+def base_of(layer: nn.Module) -> Any:
+    """Return the frozen linear layer under an adapter, or the layer itself where it has none."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def _adapted(layer: nn.Module, groups: ProjectionGroups) -> LoraLayer:
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(f"{groups.module} carries no adapter: metric lora sees nothing of it")
+    return layer
+
+
 def _active_adapter(layer: LoraLayer) -> str:
     names = layer.active_adapters
     if len(names) != 1 or getattr(layer, "use_dora", {}).get(names[0]):
         raise ValueError(f"metric lora holds for one plain adapter, found {names}; use metric gate")
     return names[0]
-
-
-def score_model(
-    model: PeftModel,
-    live: LiveMask,
-    batches: Iterable[Mapping[str, Tensor]],
-    dataset_type: DatasetType,
-    *,
-    prune_metric: Metric,
-    loss: ScoreLoss,
-    power: int = 1,
-) -> Sensitivity:
-    """Return the sensitivities of every group for one data set, from scoring passes of their own.
-
-    The model runs in eval mode, without dropout; the loss is the sum over rows of the row's mean over answer tokens,
-    so batch size makes no difference. Leaves no gradient behind.
-    """
-    training = model.training
-    model.eval()
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = training  # its only use of the flag: whether activations are computed twice
-    model.zero_grad(set_to_none=True)
-    score = _score_gates if prune_metric == "gate" else _score_adapters
-    totals, rows = score(model, live, batches, dataset_type, loss, power)
-    model.zero_grad(set_to_none=True)
-    model.train(training)
-    return Sensitivity({kind: (total / rows).cpu() for kind, total in totals.items()})
-
-
-Scored = tuple[dict[GroupKind, Tensor], int]
-
-
-def _score_gates(
-    model: PeftModel,
-    live: LiveMask,
-    batches: Iterable[Mapping[str, Tensor]],
-    dataset_type: DatasetType,
-    loss: ScoreLoss,
-    power: int,
-) -> Scored:
-    totals, rows, base = _empty_totals(live), 0, model.get_base_model()
-    with _frozen(model):
-        for batch in batches:
-            rows += len(batch["input_ids"])
-            with live.gates(len(batch["input_ids"]), batch["input_ids"].device) as gates:
-                _row_losses(model, batch, loss).sum().backward()
-            for (kind, index), gate in gates.items():
-                consumer = live.groups.layers[kind][index].consumer
-                totals[kind][index] += compute_sensitivity(
-                    base.get_submodule(consumer.module),  # type: ignore[arg-type]  # adapters on it are not needed here
-                    kind == "kv_group",
-                    dataset_type,
-                    "gate",
-                    groups=consumer,
-                    gate_gradient=gate.grad,
-                    power=power,
-                ).cpu()
-    return totals, rows
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Spare the gradients of the adapters, which gates do not need."""
-    trained = [one for one in model.parameters() if one.requires_grad]
-    for one in trained:
-        one.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for one in trained:
-            one.requires_grad_(True)
-
-
-def _score_adapters(
-    model: PeftModel,
-    live: LiveMask,
-    batches: Iterable[Mapping[str, Tensor]],
-    dataset_type: DatasetType,
-    loss: ScoreLoss,
-    power: int,
-) -> Scored:
-    totals, rows, base = _empty_totals(live), 0, model.get_base_model()
-    for batch in batches:
-        rows += len(batch["input_ids"])
-        _row_losses(model, batch, loss).sum().backward()
-    for one in (one for kind in KINDS for one in live.groups.layers[kind]):
-        for projection in one.projections:
-            layer = base.get_submodule(projection.module)
-            if isinstance(layer, LoraLayer):
-                totals[one.kind][one.layer] += compute_sensitivity(
-                    layer, one.kind == "kv_group", dataset_type, "lora", groups=projection, power=power
-                ).cpu()
-    return totals, rows
-
-
-def _row_losses(model: nn.Module, batch: Mapping[str, Tensor], loss: ScoreLoss) -> Float[Tensor, " batch"]:
-    logits = logits_of(model, batch)
-    measure = answer_log_odds if loss == "log_odds" else answer_log_probabilities
-    values, counted = measure(logits, batch["labels"])
-    return -row_means(values, counted)
-
-
-def _empty_totals(live: LiveMask) -> dict[GroupKind, Tensor]:
-    return {kind: torch.zeros(live.value.kept[kind].shape, dtype=torch.float64) for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -299,16 +264,24 @@ class SensitivityDict:
 
 
 def update_sensitivity_dict(
-    sensitivity_dict: SensitivityDict, new: Sensitivity, dataset_type: DatasetType, *, kept: Mask, beta: float
+    sensitivity_dict: SensitivityDict,
+    new: Sensitivity,
+    dataset_type: DatasetType,
+    *,
+    kept: Mask,
+    beta: float,
+    norm: ScoreNorm = "mean",
 ) -> SensitivityDict:
     """Return the dictionary with one data set's average advanced by a new score.
 
-    The score is first divided, for every kind, by its mean over the kept groups of the whole model. A score with a
-    non-finite number is left out and counted; `nonfinite_layers` says where it was.
+    Under norm `mean` the score is first divided, for every kind, by its mean over the kept groups of the whole model;
+    else it is averaged as it came. A score with a non-finite number is left out and counted; `nonfinite_layers` says
+    where it was.
     """
     if nonfinite_layers(new):
         return replace(sensitivity_dict, skipped=sensitivity_dict.skipped + 1)
-    average = getattr(sensitivity_dict, dataset_type).advanced(normalised(new, kept), beta)
+    values = normalised(new, kept) if norm == "mean" else new.values
+    average = getattr(sensitivity_dict, dataset_type).advanced(values, beta)
     if dataset_type == "forget":
         return replace(sensitivity_dict, forget=average)
     return replace(sensitivity_dict, retain=average)

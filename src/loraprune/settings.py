@@ -7,16 +7,18 @@ Symbols  P = performance, S = dual score, share = S / (1 + S)
 """
 
 import dataclasses
+import functools
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loraprune.errors import UserError, nearest
+from loraprune.presets import PRESETS
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
-from loraprune.records import Compat, Metric, ScoreLoss, Widths
+from loraprune.records import Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
 
 INSTRUCTION = "instruction"  # the name of a template; see data.py
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -156,7 +158,9 @@ class Settings:
     metric: Metric = setting(  # noqa: RUF009  # a plain word
         "gate",
         "sensitivity",
-        "How sensitivity is computed: from adapter gradients (lora) or from per-example gates (gate).",
+        "How sensitivity is computed: from adapter gradients (lora), per-example gates (gate), gradients of the frozen "
+        "weights (grad; memory for all of them), mean input x column norm (activation), the weights alone (magnitude), "
+        "or not at all (random, a control).",
         allowed=get_args(Metric),
     )
     score_loss: ScoreLoss = setting(  # noqa: RUF009  # a plain word
@@ -173,6 +177,28 @@ class Settings:
     )
     score_power: int = setting(
         1, "sensitivity", "1 sums absolute values (the released code), 2 sums squares (the paper).", allowed=Range(1, 2)
+    )
+    third_term: bool = setting(
+        False,
+        "sensitivity",
+        "Metric lora subtracts gB gA too, as published; it depends on the loss's scale and changes with clipping.",
+    )
+    score_norm: ScoreNorm = setting(  # noqa: RUF009  # a plain word
+        "mean",
+        "sensitivity",
+        "What a score is divided by before it is averaged: the mean of its kind over the model (mean), the L2 norm of "
+        "each projection (module, the released code), or nothing (none).",
+        allowed=get_args(ScoreNorm),
+    )
+    score_from: ScoreFrom = setting(  # noqa: RUF009  # a plain word
+        "passes",
+        "sensitivity",
+        "Whether scores come from passes of their own or, in compression, from the training steps' own gradients, "
+        "which costs next to nothing.",
+        allowed=get_args(ScoreFrom),
+    )
+    score_every: int = setting(
+        5, "sensitivity", "Training steps between two scores when they come from training.", allowed=AT_LEAST_ONE
     )
     moving_average: float = setting(
         0.5,
@@ -205,11 +231,37 @@ class Settings:
         "Removed parameters / all parameters to reach; unset: prune only until P(forget) is in the band.",
         allowed=INSIDE_UNIT,
     )
+    max_sparsity: float = setting(
+        0.5, "decision", "Most that may be removed when sparsity is unset.", allowed=INSIDE_UNIT
+    )
     initial_sparsity: float = setting(
         0.0, "decision", "Sparsity at which the schedule begins.", allowed=Range(0, 1, open_high=True)
     )
-    max_sparsity: float = setting(
-        0.5, "decision", "Most that may be removed when sparsity is unset.", allowed=INSIDE_UNIT
+    sparsity_of: str = setting(
+        "parameters",
+        "decision",
+        "What sparsity is a share of: all parameters of the model, or the groups of every layer that is not frozen.",
+        allowed=("parameters", "groups"),
+    )
+    budget: Budget = setting(  # noqa: RUF009  # a plain word
+        "kind",
+        "decision",
+        "What loses the same fraction: every layer (layer), each kind over all layers (kind), or nothing, all groups "
+        "standing in one ranking (global). Under uniform widths layer and kind are the same.",
+        allowed=get_args(Budget),
+    )
+    attention_ratio: float = setting(
+        1.0,
+        "decision",
+        "Fraction of the attention groups that goes for each fraction of the feed-forward channels; 0 leaves attention "
+        "whole.",
+        allowed=NOT_NEGATIVE,
+    )
+    frozen_layers: tuple[str, ...] = setting(
+        (),
+        "decision",
+        "Layers that lose nothing, by number, -1 the last; first-tenth is the first tenth of them. Needs --widths "
+        "per_layer.",
     )
     min_groups_per_layer: int = setting(
         1, "decision", "Groups of each kind that every layer keeps.", allowed=AT_LEAST_ONE
@@ -298,6 +350,13 @@ class Settings:
         allowed=NOT_NEGATIVE,
     )
     prune_every: int = setting(15, "training", "Training steps between two pruning steps.", allowed=AT_LEAST_ONE)
+    schedule: Schedule = setting(  # noqa: RUF009  # a plain word
+        "cubic",
+        "training",
+        "How sparsity grows: by a cubic that ends at the goal, or as in the released code, which begins a round "
+        "earlier and ends short of it.",
+        allowed=get_args(Schedule),
+    )
     prune_rounds: int = setting(
         12, "training", "Pruning steps over which the cubic schedule reaches the sparsity.", allowed=AT_LEAST_ONE
     )
@@ -377,6 +436,13 @@ class Settings:
     request_id: str | None = setting(
         None, "run", "Name of this request in the ledger of reproduce.json; unset: request-N, N counted by the ledger."
     )
+    preset: str = setting(
+        "default",
+        "run",
+        "Where settings that are not given come from: the defaults, or what LoRAPrune's released code (released) or "
+        "its paper (paper) does.",
+        allowed=tuple(PRESETS),
+    )
     seed: int = setting(0, "run", "The one seed: split, samples, adapters, order of the data.", allowed=NOT_NEGATIVE)
     report_to: tuple[str, ...] = setting(
         (), "run", "Where training metrics also go, as transformers names them (tensorboard, wandb, ...)."
@@ -398,6 +464,19 @@ class Settings:
     def changed(self, other: "Settings") -> list[str]:
         """Return the names of the settings in which the two differ."""
         return [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != getattr(other, one.name)]
+
+
+def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a preset stand in for the defaults of settings that are not given."""
+
+    @functools.wraps(init)
+    def filled(self: Settings, **given: Any) -> None:
+        init(self, **{**PRESETS.get(given.get("preset", "default"), {}), **given})
+
+    return filled
+
+
+Settings.__init__ = _with_preset(Settings.__init__)  # type: ignore[method-assign]
 
 
 def flag(name: str) -> str:

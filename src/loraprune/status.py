@@ -20,6 +20,7 @@ from loraprune.records import KINDS
 from loraprune.textplot import BOTH, Bound, Curve, text_plot
 from loraprune.words import (
     ENDINGS,
+    FORMS,
     TARGET_SOURCES,
     Values,
     band_texts,
@@ -50,6 +51,7 @@ class Status:
     skipped: Mapping[str, int]  # steps left out, training and scoring, by reason
     outcome: str | None
     ended_by: str | None
+    form: str | None = None  # of the written checkpoint
 
 
 def read_status(folder: Path) -> Status:
@@ -76,6 +78,7 @@ def status_of(events: Sequence[Values], age: float) -> Status:
         skipped=dict(Counter(map(_reason, filter(_was_skipped, events)))),
         outcome=last.get("outcome"),
         ended_by=last.get("ended_by"),
+        form=last.get("form"),
     )
 
 
@@ -214,6 +217,8 @@ def _outcome_rows(status: Status) -> Iterable[Row]:
         yield "outcome", status.outcome
     if status.ended_by:
         yield "pruning end", ENDINGS.get(status.ended_by, status.ended_by)
+    if status.form:
+        yield "checkpoint", FORMS[status.form]
 
 
 # --- as a plot --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -38,12 +39,14 @@ from loraprune.metrics import forget_drop, forget_per_retain
 from loraprune.model import merged
 from loraprune.progress import Advance, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
-from loraprune.records import DatasetType, Decision, Look
+from loraprune.records import DatasetType, Decision, Look, Sensitivity
 from loraprune.rules import Rules
-from loraprune.schedule import cubic, learning_rate_factor, pruning_round
-from loraprune.sensitivity import nonfinite_layers, score_model, update_sensitivity_dict
+from loraprune.schedule import learning_rate_factor, planned_sparsity
+from loraprune.scoring import score_model
+from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
 from loraprune.steering import Steering, take_look
+from loraprune.step_scores import StepScores
 
 Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
 
@@ -80,9 +83,11 @@ class LoRAPruneTrainer(Trainer):
         self.run_state, self.good = self.saved.run_state, self.saved.good
         self.first_step, self.note = self.run_state.step, ""
         self.advance: Advance = _show_nothing
+        self.repairing = False
         self.undone = 0  # roll-backs of the pruning step that is being tried
         self.clock = monotonic()
         self.balance = Balance(model, settings, sets, live, steering)
+        self.step_scores = StepScores(model, live, settings)
         restore_state(model, self.saved.now.state)
         self.adapted = model
         arguments = _training_arguments(settings, folder / "logs", main + settings.finish_steps)
@@ -161,21 +166,41 @@ class LoRAPruneTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Take the loss of a step back, in passes of `micro_batch_size` rows where that is set; return the loss.
+        """Take one step forward and back, in passes of `micro_batch_size` rows where that is set; return its loss.
 
-        The gradient is that of the whole batch, whatever the size, but for dropout, which draws anew in every pass.
+        A step that is scored leaves what the metric reads. The gradient is that of the whole batch in any size of pass,
+        but for dropout, which draws anew in every pass.
         """
-        size = self.settings.micro_batch_size
+        size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
         if size is None or size >= max(len(one["input_ids"]) for one in inputs.values()):
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._watched(rows):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._step_in_parts(model, inputs, size)
+        if self._scored_now and self.accelerator.sync_gradients:
+            self.step_scores.take_frozen()
+        return loss
+
+    def _step_in_parts(self, model: torch.nn.Module, inputs: Any, size: int) -> Tensor:
         model.train()
         state, total = self.run_state, torch.zeros((), device=self.args.device)
-        inputs = self._prepare_inputs(inputs)
         ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
-        for loss in self.balance.part_losses(model, inputs, size, **ends):
-            self.accelerator.backward(loss)
+        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, **ends):
+            with self._watched(part.rows):
+                loss = part.loss()
+                self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _watched(self, rows: int) -> AbstractContextManager[None]:
+        """Let a pass of so many rows leave what the metric reads, where the step is scored."""
+        return self.step_scores.watched(rows, self.args.device) if self._scored_now else nullcontext()
+
+    @property
+    def _scored_now(self) -> bool:
+        """Say whether the step under way is scored: not those of a repair, and none once pruning is over."""
+        state = self.run_state
+        return not self.repairing and state.step < state.main_end and self.step_scores.due(state.step + 1)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -201,10 +226,10 @@ class LoRAPruneTrainer(Trainer):
         """Prune or look where the step asks for it; return whether it did."""
         state, settings = self.run_state, self.settings
         if state.step <= state.main_end:
-            turn = pruning_round(state.step, settings.warmup_steps, settings.prune_every, settings.prune_rounds)
-            if turn is not None:
-                self._prune(turn)
-            return turn is not None
+            planned = planned_sparsity(state.step, settings)
+            if planned is not None:
+                self._prune(planned)
+            return planned is not None
         due = (state.step - state.main_end) % settings.evaluate_every == 0
         if due:
             self._steer()
@@ -212,6 +237,8 @@ class LoRAPruneTrainer(Trainer):
 
     def before_step(self) -> None:
         """Leave this step out where a gradient is not finite: one bad batch must not spoil the adapters."""
+        if self._scored_now:
+            self._average(self.step_scores.read(), "retain")
         gradients = (one.grad for one in self.adapted.parameters() if one.grad is not None)
         if not all(bool(one.isfinite().all()) for one in gradients):
             self._skip(self.run_state.step + 1)
@@ -221,24 +248,22 @@ class LoRAPruneTrainer(Trainer):
         self.run_state.skipped += 1
         self.event("skip", step=step, reason="the gradient was not finite")
 
-    def _prune(self, turn: int) -> None:
-        begun = monotonic()
-        broken = {name: self._score(name, one) for name, one in self.sets.scored()}
+    def _prune(self, planned: float) -> None:
+        begun, passes = monotonic(), self.settings.score_from == "passes"
+        broken = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
         looked, duration = self._look(), round(monotonic() - begun, 3)
         rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored()}
         self.run_state.score_seconds += duration
         self.record("score", looked, rows=rows, non_finite=joined(broken.values()), duration=duration)
-        if any(broken.values()):
+        if any(broken.values()) or self.run_state.sensitivities.retain.totals is None:
             return
         if not self.steering.limits.broken(looked):
             self._hold(looked)
-        self._follow(self._step_of(turn, looked))
+        self._follow(self._step_of(planned, looked))
 
-    def _step_of(self, turn: int, looked: Look) -> Decision:
+    def _step_of(self, planned: float, looked: Look) -> Decision:
         """Take one pruning step, as far as the schedule and the steps before it allow."""
         state, settings, scored = self.run_state, self.settings, self.run_state.sensitivities
-        first, goal = settings.initial_sparsity, settings.sparsity or settings.max_sparsity
-        planned = first + (goal - first) * cubic(turn, settings.prune_rounds)
         return unlearning_prune(
             self.adapted,
             scored.forget.values() if self.sets.forget is not None else None,
@@ -286,7 +311,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> list[str]:
         """Score one set and average the score in; return where it was not finite: then nothing is pruned now."""
-        settings, state = self.settings, self.run_state
+        settings = self.settings
         sample = score_sample(examples, settings.score_rows, settings.seed)
         new = score_model(
             self.adapted,
@@ -296,9 +321,22 @@ class LoRAPruneTrainer(Trainer):
             prune_metric=settings.metric,
             loss=settings.score_loss,
             power=settings.score_power,
+            third_term=settings.third_term,
+            unit_norm=settings.score_norm == "module",
+            seed=settings.seed,
         )
+        return self._average(new, dataset_type)
+
+    def _average(self, new: Sensitivity, dataset_type: DatasetType) -> list[str]:
+        """Average one score in; return where it was not finite: then it is left out."""
+        settings, state = self.settings, self.run_state
         state.sensitivities = update_sensitivity_dict(
-            state.sensitivities, new, dataset_type, kept=self.live.value, beta=settings.moving_average
+            state.sensitivities,
+            new,
+            dataset_type,
+            kept=self.live.value,
+            beta=settings.moving_average,
+            norm=settings.score_norm,
         )
         return [f"{kind} of layer {layer}, {dataset_type}" for kind, layer in nonfinite_layers(new)]
 
@@ -312,6 +350,7 @@ class LoRAPruneTrainer(Trainer):
     def _repair(self) -> int:
         """Take `recovery_steps` optimizer steps without the forget loss, on the batches of the steps to come."""
         was, self.run_state.forgetting = self.run_state.forgetting, False
+        self.repairing = True
         batches = self._paired_from(self.run_state.step, self.settings.recovery_steps)
         for batch in (batches[index] for index in range(len(batches))):
             self.training_step(self.adapted, batch)
@@ -320,7 +359,7 @@ class LoRAPruneTrainer(Trainer):
                 self._skip(self.run_state.step)
             self.stepper.step()
             self.stepper.zero_grad()
-        self.run_state.forgetting = was
+        self.run_state.forgetting, self.repairing = was, False
         return len(batches)
 
     def _steer(self) -> None:

@@ -35,7 +35,7 @@ from loraprune.mask import LiveMask
 from loraprune.memory import private_bytes, resident_bytes, traced
 from loraprune.model import attach_lora, device_of, load_model, lora_layers, pad_token_id, weight_shapes
 from loraprune.records import DatasetType, Mask, Sensitivity
-from loraprune.rules import smallest_step
+from loraprune.rules import smallest_share
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
 from loraprune.steering import Ceiling, Probe, Probes, Steering
@@ -79,7 +79,7 @@ class Trial:
     @property
     def smallest_step(self) -> float:
         """Return the smallest step of sparsity that the run can take."""
-        return smallest_step(self.groups, self.trainer.rules) / self.groups.total_parameters
+        return smallest_share(self.groups, self.trainer.rules)
 
     def score(self) -> SensitivityDict:
         """Return the sensitivities of the run's own sample under fresh adapters."""
@@ -90,7 +90,12 @@ class Trial:
             new = self.passes.score(name, examples, size)
             _refuse_broken(name, new)
             sensitivities = update_sensitivity_dict(
-                sensitivities, new, name, kept=self.trainer.live.value, beta=self.settings.moving_average
+                sensitivities,
+                new,
+                name,
+                kept=self.trainer.live.value,
+                beta=self.settings.moving_average,
+                norm=self.settings.score_norm,
             )
         self.score_seconds = perf_counter() - begun
         return sensitivities

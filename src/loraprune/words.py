@@ -1,7 +1,7 @@
 """Words: numbers and outcomes as a person reads them.
 
 Reads    values of metrics.json and events.jsonl
-Gives    number_text, percent, duration_text, apart, band_texts, position, outcome_text, TARGET_SOURCES, ENDINGS
+Gives    FORMS, number_text, percent, duration_text, apart, band_texts, position, outcome_text, TARGET_SOURCES, ENDINGS
 Source   -
 Symbols  P = performance
 """
@@ -16,6 +16,10 @@ TARGET_SOURCES = {
     "holdout": "P(holdout) of the untouched model",
     "forget_target": "set by hand",
     "tenth": "a tenth of P(forget) of the untouched model",
+}
+FORMS = {
+    "stock": "stock, the same widths in every layer",
+    "per_layer": "per layer, each layer with its own widths and the modelling code in the folder",
 }
 ENDINGS = {
     "budget": "all pruning steps were taken",

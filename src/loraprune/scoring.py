@@ -1,0 +1,246 @@
+"""Scoring: passes over a data set that give every group's sensitivity.
+
+Reads    a model with adapters and a mask, batches of one data set
+Gives    Sensitivity
+Source   LoRAPrune, arXiv 2305.18403; per-example gates; mean activation x column norm; controls
+Symbols  consumer = attention output or down projection; its inputs are what a group gives to the rest of the model
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from loraprune.mask import LiveMask
+from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
+from loraprune.records import DatasetType, GroupKind, LayerGroups, Metric, ProjectionGroups, ScoreLoss, Sensitivity
+from loraprune.sensitivity import base_of, compute_sensitivity
+
+Batch = Mapping[str, Tensor]
+Scores = dict[GroupKind, Tensor]  # (L, G) each, float64
+
+
+def score_model(
+    model: PeftModel,
+    live: LiveMask,
+    batches: Iterable[Batch],
+    dataset_type: DatasetType,
+    *,
+    prune_metric: Metric,
+    loss: ScoreLoss,
+    power: int = 1,
+    third_term: bool = False,
+    unit_norm: bool = False,
+    seed: int = 0,
+) -> Sensitivity:
+    """Return the sensitivities of every group for one data set, from scoring passes of their own.
+
+    The model runs in eval mode, without dropout; the loss is the sum over rows of the row's mean over answer tokens,
+    so batch size makes no difference. `magnitude` and `random` (which alone reads `seed`) run no pass. Leaves no
+    gradient behind.
+    """
+    training = model.training
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = training  # its only use of the flag: whether activations are computed twice
+    model.zero_grad(set_to_none=True)
+    how = {"power": power, "unit_norm": unit_norm}
+    if prune_metric == "random":
+        scores, rows = random_scores(live, dataset_type, seed), 1
+    elif prune_metric == "gate":
+        scores, rows = _score_gates(model, live, batches, dataset_type, loss, how)
+    elif prune_metric == "activation":
+        scores, rows = _score_activations(model, live, batches, dataset_type, how)
+    else:
+        rows = _run(model, live, batches, loss, frozen_too=prune_metric == "grad") if prune_metric != "magnitude" else 1
+        scores = read_weights(model, live, dataset_type, prune_metric, third_term=third_term, **how)
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+    return Sensitivity({kind: (total / rows).cpu() for kind, total in scores.items()})
+
+
+# --- what lies on weights after backward ------------------------------------------------------------------------------
+
+
+def _run(model: PeftModel, live: LiveMask, batches: Iterable[Batch], loss: ScoreLoss, *, frozen_too: bool) -> int:
+    """Leave the gradients of all batches on the adapters, or on the frozen weights in their place; return the rows."""
+    rows = 0
+    with weight_gradients(model, live) if frozen_too else ExitStack():
+        for batch in batches:
+            rows += len(batch["input_ids"])
+            _row_losses(model, batch, loss).sum().backward()
+    return rows
+
+
+@contextmanager
+def weight_gradients(model: PeftModel, live: LiveMask) -> Iterator[None]:
+    """Take the gradients of the frozen weights that are cut, not those of adapters, in passes inside this block."""
+    base = model.get_base_model()
+    weights = [base_of(base.get_submodule(one.module)).weight for one in projections(live)]
+    with frozen(model):
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Spare the gradients of the adapters, which gates and frozen weights do not need."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    for one in trained:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in trained:
+            one.requires_grad_(True)
+
+
+def read_weights(
+    model: PeftModel, live: LiveMask, dataset_type: DatasetType, prune_metric: Metric, **how: Any
+) -> Scores:
+    """Return each group's sum over all projections that it cuts, by the gradients that lie there now."""
+    scores, base = empty_scores(live), model.get_base_model()
+    for one, projection in _cut(live):
+        layer = base.get_submodule(projection.module)
+        if prune_metric == "lora" and not isinstance(layer, LoraLayer):
+            continue
+        scores[one.kind][one.layer] += compute_sensitivity(
+            layer, one.kind == "kv_group", dataset_type, prune_metric, groups=projection, **how
+        ).cpu()
+    return scores
+
+
+def _cut(live: LiveMask) -> Iterator[tuple[LayerGroups, ProjectionGroups]]:
+    for layers in live.groups.layers.values():
+        for one in layers:
+            for projection in one.projections:
+                yield one, projection
+
+
+def projections(live: LiveMask) -> list[ProjectionGroups]:
+    """Return every projection of which groups are cut."""
+    return [projection for _, projection in _cut(live)]
+
+
+# --- what goes into the consumers -------------------------------------------------------------------------------------
+
+
+def _score_gates(
+    model: PeftModel, live: LiveMask, batches: Iterable[Batch], dataset_type: DatasetType, loss: ScoreLoss, how: Any
+) -> tuple[Scores, int]:
+    scores, rows = empty_scores(live), 0
+    with frozen(model):
+        for batch in batches:
+            rows += len(batch["input_ids"])
+            with live.gates(len(batch["input_ids"]), batch["input_ids"].device) as gates:
+                _row_losses(model, batch, loss).sum().backward()
+            add_gates(scores, model, live, gates, dataset_type, how)
+    return scores, rows
+
+
+def add_gates(
+    scores: Scores, model: PeftModel, live: LiveMask, gates: Mapping[Any, Tensor], dataset_type: DatasetType, how: Any
+) -> None:
+    """Add what a backward pass left on the gates of one batch."""
+
+    def read(consumer: ProjectionGroups, key: Any) -> dict[str, Tensor | None]:
+        return {"gate_gradient": gates[key].grad}
+
+    _add_consumers(scores, model, live, dataset_type, "gate", read, how)
+
+
+def _score_activations(
+    model: PeftModel, live: LiveMask, batches: Iterable[Batch], dataset_type: DatasetType, how: Any
+) -> tuple[Scores, int]:
+    rows, sizes = 0, {}
+    with torch.no_grad():
+        for batch in batches:
+            rows += len(batch["input_ids"])
+            for key, one in _input_sizes(model, live, batch).items():
+                sizes[key] = sizes.get(key, 0.0) + one
+    scores = empty_scores(live)
+    _add_consumers(
+        scores, model, live, dataset_type, "activation", lambda _, key: {"activation": sizes[key] / rows}, how
+    )
+    return {kind: one * rows for kind, one in scores.items()}, rows  # a mean already, unlike the other metrics' sums
+
+
+def _add_consumers(
+    scores: Scores,
+    model: PeftModel,
+    live: LiveMask,
+    dataset_type: DatasetType,
+    prune_metric: Metric,
+    read: Callable[[ProjectionGroups, Any], Mapping[str, Any]],
+    how: Any,
+) -> None:
+    base = model.get_base_model()
+    for kind, layers in live.groups.layers.items():
+        for one in layers:
+            consumer = one.consumer
+            scores[kind][one.layer] += compute_sensitivity(
+                base.get_submodule(consumer.module),
+                kind == "kv_group",
+                dataset_type,
+                prune_metric,
+                groups=consumer,
+                **read(consumer, (kind, one.layer)),
+                **how,
+            ).cpu()
+
+
+def _input_sizes(model: PeftModel, live: LiveMask, batch: Batch) -> dict[Any, Float[Tensor, " width"]]:
+    """Return the sum over rows of each consumer's mean |input| over the row's tokens."""
+    sizes, there = {}, batch["attention_mask"].bool()
+
+    def watch(key: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen = arguments[0].float().abs() * there[..., None]
+            sizes[key] = (seen.sum(1) / there.sum(1, keepdim=True)).sum(0)
+
+        return hook
+
+    base, handles = model.get_base_model(), []
+    for kind, layers in live.groups.layers.items():
+        for one in layers:
+            module = base.get_submodule(one.consumer.module)  # behind the mask: its hook was there first
+            handles.append(module.register_forward_pre_hook(watch((kind, one.layer))))
+    try:
+        logits_of(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def random_scores(live: LiveMask, dataset_type: DatasetType, seed: int) -> Scores:
+    """Return numbers that say nothing, in (0, 1): the control that every other metric must beat."""
+    source = torch.Generator().manual_seed(2 * seed + (dataset_type == "retain"))
+    return {kind: torch.rand(one.shape, generator=source, dtype=torch.float64) for kind, one in live.value.kept.items()}
+
+
+def empty_scores(live: LiveMask) -> Scores:
+    """Return zeros, one for each group."""
+    return {kind: torch.zeros(kept.shape, dtype=torch.float64) for kind, kept in live.value.kept.items()}
+
+
+def _row_losses(model: nn.Module, batch: Batch, loss: ScoreLoss) -> Float[Tensor, " batch"]:
+    logits = logits_of(model, batch)
+    measure = answer_log_odds if loss == "log_odds" else answer_log_probabilities
+    values, counted = measure(logits, batch["labels"])
+    return -row_means(values, counted)
