@@ -11,8 +11,12 @@ from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +42,20 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
+# As in SmolLM 135M: three kv_groups of three query heads each.
+SMOLLM = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+# One layer looks back 6 tokens, the next at all; scores and logits are bent by caps that small models feel.
+GEMMA2 = {
+    "hidden_size": 48,  # of which 8, 6, 4 and 2 heads are divisors, as the family's config demands
+    "head_dim": 8,
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 6,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 4.0,
+    "tie_word_embeddings": True,
+}
+
+
 def _config(kind, **values):
     return kind(**{**SIZES, **SPECIAL, "tie_word_embeddings": False, **values})
 
@@ -59,21 +77,26 @@ FAMILY_CONFIGS = {
     "qwen3": lambda: _config(Qwen3Config, **GROUPED, head_dim=8),
     "tied": lambda: _config(LlamaConfig, **GROUPED, tie_word_embeddings=True),
     "wide_heads": lambda: _config(LlamaConfig, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+    "smollm": lambda: _config(LlamaConfig, **SMOLLM),
+    "gemma": lambda: _config(GemmaConfig, **GROUPED, head_dim=8, tie_word_embeddings=True),
+    "gemma2": lambda: _config(Gemma2Config, **GROUPED, **GEMMA2),
+    "phi3": lambda: _config(Phi3Config, **GROUPED),
+    "olmo2": lambda: _config(Olmo2Config, **GROUPED),
 }
-STOCK_CLASS = {"mistral_gqa": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def make_model(config, seed=0, dtype=torch.float32):
     """A model whose weights give logits of about 1; biases and norms are random too, none is 0 or 1."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     source = torch.Generator().manual_seed(seed)
+    norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms add 1 to their weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=source, dtype=torch.float32)
             if weight.ndim == 2:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
             else:
-                weight.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+                weight.copy_(0.3 * noise + (0.0 if name.endswith("bias") else norm))
     return model
 
 

@@ -10,7 +10,7 @@ from conftest import FAMILY_CONFIGS, adapted, make_batch, make_model
 from loraprune.config import LoraConfig, lora_config
 from loraprune.errors import UserError
 from loraprune.model import attach_lora
-from loraprune.settings import PROJECTIONS, Settings
+from loraprune.settings import Settings
 
 FOUR = ("unlearning_threshold", "unlearning_epsilon", "min_retain_performance", "forget_retain_ratio")
 
@@ -19,10 +19,9 @@ def four(config):
     return tuple(getattr(config, name) for name in FOUR)
 
 
-def test_the_four_settings_have_the_plans_defaults_and_all_seven_projections_carry_an_adapter():
+def test_the_four_settings_have_the_plans_defaults_and_the_adapters_are_pefts():
     config = LoraConfig()
     assert four(config) == (0.5, 1e-6, 0.9, 1.0)
-    assert config.target_modules == set(PROJECTIONS)
     assert isinstance(config, peft.LoraConfig)
 
 
@@ -83,7 +82,7 @@ def test_a_runs_settings_become_its_adapters():
         lora_rank=3, lora_alpha=6, lora_dropout=0.5, target_modules=("q_proj",), forget_retain_ratio=0.5,
         unlearning_threshold=0.25, unlearning_epsilon=1e-4, min_retain_performance=0.5,
     )  # fmt: skip
-    config = lora_config(settings)
+    config = lora_config(settings, settings.target_modules)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 6, 0.5, {"q_proj"})
     assert four(config) == (0.25, 1e-4, 0.5, 0.5)
 
@@ -93,18 +92,37 @@ def test_target_modules_that_match_nothing_are_refused_by_name():
     with pytest.raises(UserError) as caught:
         attach_lora(make_model(FAMILY_CONFIGS["llama_gqa"]()), settings)
     assert str(caught.value) == (
-        "error  target_modules: qkv_proj, fc1 match no module of the model.\n"
+        "error  target_modules: qkv_proj, fc1 match no projection of LlamaForCausalLM.\n"
         "why    an adapter that is not there neither guides the pruning nor repairs it.\n"
-        "fix    name modules of this model, e.g. --target-modules "
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj."
+        "fix    name some of --target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj, or leave it out: "
+        "then all of them carry one."
     )
 
 
-def test_every_projection_of_every_family_gets_an_adapter(config):
-    model = attach_lora(make_model(config), Settings())
-    carriers = {name.split(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A.default")}
-    assert len(carriers) == 7 * config.num_hidden_layers
-    assert {name.rpartition(".")[2] for name in carriers} == set(PROJECTIONS)
+def test_names_of_llamas_projections_are_refused_on_fused_ones_which_are_offered():
+    with pytest.raises(UserError, match=r"q_proj, v_proj match no projection of Phi3ForCausalLM\.") as caught:
+        attach_lora(make_model(FAMILY_CONFIGS["phi3"]()), Settings(target_modules=("q_proj", "v_proj")))
+    assert "--target-modules qkv_proj,o_proj,gate_up_proj,down_proj," in caught.value.fix
+
+
+def carriers_of(model):
+    """Which modules carry an adapter, by the last parts of their names, and how many there are."""
+    names = [name.split(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    return {name.rpartition(".")[2] for name in names}, len(names)
+
+
+@pytest.mark.parametrize("wrap", ["a run's settings", "the plain configuration"])
+def test_every_projection_of_every_family_gets_an_adapter_where_none_is_named(family, wrap):
+    base = make_model(FAMILY_CONFIGS[family]())
+    linear = {name for name, one in base.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"}
+    expected = {name.rpartition(".")[2] for name in linear}
+    if wrap == "a run's settings":
+        model = attach_lora(base, Settings())
+    else:
+        model = peft.get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    assert carriers_of(model) == (expected, len(linear))
+    assert {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules} == expected
+    assert len(linear) == (4 if family == "phi3" else 7) * 2
 
 
 def test_fresh_adapters_change_no_logit_and_the_seed_fixes_them():

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILY_CONFIGS, GROUPED, SIZES, make_batch, make_mask, make_model, masked, save_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, MistralConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config
 
 from loraprune.export import export_model
 from loraprune.groups import find_groups
@@ -30,6 +30,8 @@ CONFIGS = {
     "llama_stretched": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=STRETCHED, rms_norm_eps=1e-3),
     "llama_biased": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
     "mistral_window": lambda: MistralConfig(**SIZES, **GROUPED, sliding_window=6),
+    "phi3_window": lambda: Phi3Config(**SIZES, **GROUPED, pad_token_id=0, sliding_window=6),
+    "olmo2_biased": lambda: Olmo2Config(**SIZES, **GROUPED, attention_bias=True),
 }
 KV_REMOVED = {"llama_biased": 2, "wide_heads": 1}  # as many as leave a head count the class allows; else 1
 CLASS = {
@@ -43,6 +45,13 @@ CLASS = {
     "qwen3": "Qwen3ForCausalLM",
     "wide_heads": "LlamaForCausalLM",  # 2 heads do
     "llama_biased": "LlamaForCausalLM",  # 4 heads do
+    "smollm": "LlamaForCausalLM",  # 6 heads divide 36
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "phi3_window": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo2_biased": "Olmo2ForCausalLM",
 }
 BATCH = make_batch(4, 21)
 

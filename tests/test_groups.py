@@ -5,15 +5,34 @@ import json
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, SIZES, make_mask, make_model, save_checkpoint
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from loraprune.errors import UserError
 from loraprune.groups import allowed_kv_groups, family_of, find_groups, meta_groups
+from loraprune.inputs import prepare
 from loraprune.model import checked_config
 from loraprune.records import KINDS
 from loraprune.settings import Settings
 from loraprune.surgery import cut_config, cut_weights
+
+ARCHITECTURES = [
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "Olmo2ForCausalLM"),
+]
 
 
 def test_every_layer_has_its_kv_heads_and_its_feed_forward_rows_as_groups(config):
@@ -59,7 +78,7 @@ def test_groups_are_the_same_with_and_without_weights(config):
 def test_an_architecture_that_is_not_in_the_table_is_refused_by_name():
     with pytest.raises(UserError, match="GPT2LMHeadModel is not known") as caught:
         family_of(GPT2Config(architectures=["GPT2LMHeadModel"]))
-    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in caught.value.fix
+    assert caught.value.fix == f"use a model of one of these: {', '.join(ARCHITECTURES)}."
 
 
 def test_a_head_that_is_no_language_model_is_refused_although_its_family_is_known():
@@ -144,6 +163,81 @@ def test_llama_with_biases_keeps_only_head_counts_that_divide_the_hidden_size(bi
     assert allowed_kv_groups(llama(**{bias: True}, num_key_value_heads=4)) == {1, 2, 4}
 
 
-def test_other_families_may_keep_any_number_of_kv_groups():
-    config = Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4)
-    assert allowed_kv_groups(config) == {1, 2, 3, 4}
+def stock_accepts(config, kv_groups):
+    """Whether transformers builds the model with so many kv_groups, from a file as it would be saved."""
+    values = config.to_dict()
+    heads = kv_groups * config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values |= {"num_key_value_heads": kv_groups, "num_attention_heads": heads, "head_dim": head_dim}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    except StrictDataclassClassValidationError:
+        return False
+    assert model.model.layers[0].self_attn.o_proj.weight.shape[1] == heads * head_dim
+    return True
+
+
+LONG_FACTORS = [1.0, 1.5]  # two numbers for a head of 4
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": LONG_FACTORS, "long_factor": LONG_FACTORS}
+HEADS = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}
+COUNTS = {
+    "gemma 2, 8 heads on 32": (Gemma2Config(**HEADS, head_dim=8), {1, 2, 4}),
+    "gemma 2, 8 heads on 48": (Gemma2Config(**{**HEADS, "hidden_size": 48}, head_dim=8), {1, 2, 3, 4}),
+    "gemma": (GemmaConfig(**HEADS, head_dim=8), {1, 2, 3, 4}),
+    "gemma, one for all": (GemmaConfig(**{**HEADS, "num_key_value_heads": 1}, head_dim=8), {1}),
+    "phi-3": (Phi3Config(**HEADS, pad_token_id=0), {1, 2, 3, 4}),
+    # Its config counts the factors of a stretched rope against hidden size / heads, whatever head_dim says.
+    "phi-3, long": (Phi3Config(**{**HEADS, "num_key_value_heads": 8}, pad_token_id=0, rope_parameters=LONG_ROPE), {6, 7, 8}),
+    "olmo 2": (Olmo2Config(**HEADS), {1, 2, 3, 4}),
+    "qwen 2": (Qwen2Config(**HEADS), {1, 2, 3, 4}),
+    "qwen 3": (Qwen3Config(**HEADS, head_dim=8), {1, 2, 3, 4}),
+    "mistral": (MistralConfig(**HEADS), {1, 2, 3, 4}),
+    "smollm": (FAMILY_CONFIGS["smollm"](), {1, 2, 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_the_numbers_of_kv_groups_that_may_be_left_are_those_that_the_stock_config_takes(name):
+    config, allowed = COUNTS[name]
+    assert allowed_kv_groups(config) == allowed
+    assert {n for n in range(1, config.num_key_value_heads + 1) if stock_accepts(config, n)} == allowed
+
+
+@pytest.mark.parametrize(("sparsity", "words"), [(0.9, "cannot be reached: at most"), (0.001, "nothing would be cut")])
+def test_a_goal_that_gemma_2s_head_counts_forbid_is_refused_in_words(tmp_path, tokenizer, sparsity, words):
+    config = Gemma2Config(**HEADS, head_dim=8, pad_token_id=0)
+    folder = save_checkpoint(make_model(config), tokenizer, tmp_path / "gemma2")
+    settings = Settings(model=folder, data="none.jsonl", output=str(tmp_path / "out"), sparsity=sparsity, device="cpu")
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(settings)
+    assert "only head counts that the family's config takes" in caught.value.why
+
+
+# --- fused projections, norms over all heads ---
+
+
+def test_the_parts_of_a_fused_projection_lie_on_each_other_and_fill_it():
+    config = FAMILY_CONFIGS["phi3"]()
+    groups = meta_groups(config)
+    for kind, spans in (("kv_group", [(0, 32), (32, 48), (48, 64)]), ("ffn_channel", [(0, 24), (24, 48)])):
+        one = groups.layers[kind][1]
+        assert len({part.module for part in one.producers}) == 1
+        assert [(part.span.start, part.span.stop) for part in one.producers] == spans
+        assert list(one.by_module) == [one.producers[0].module, one.consumer.module]
+
+
+def test_a_norm_over_all_heads_is_a_part_of_their_groups_and_one_over_each_head_is_not():
+    olmo, qwen = (meta_groups(FAMILY_CONFIGS[name]()).layers["kv_group"][0] for name in ("olmo2", "qwen3"))
+    assert [(one.module.rpartition(".")[2], one.size) for one in olmo.norms] == [("q_norm", 8), ("k_norm", 4)]
+    assert qwen.norms == ()
+    assert olmo.parameters_per_group == (8 + 4 + 4) * 32 + 8 * 32 + (8 + 4)
+
+
+def test_a_norm_of_another_width_is_refused(tmp_path, tokenizer):
+    save_checkpoint(make_model(FAMILY_CONFIGS["olmo2"]()), tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.self_attn.k_norm.weight"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_norm\.weight is 4, the config says 16\."):
+        checked_config(str(tmp_path), Settings(model=str(tmp_path)))

@@ -70,7 +70,8 @@ def test_an_architecture_that_is_not_in_the_table_is_refused_by_name(checkpoint,
     assert error.what == "the architecture GPT2LMHeadModel is not known to loraprune."
     assert error.why == "cutting a model whose structure is guessed gives a broken one."
     assert error.fix == (
-        "use a model of one of these: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM."
+        "use a model of one of these: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
+        "GemmaForCausalLM, Gemma2ForCausalLM, Phi3ForCausalLM, Olmo2ForCausalLM."
     )
 
 
@@ -79,6 +80,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused(checkpoint, tmp
     error = refusal(checked_config, checkpoint)
     assert error.what.startswith(f"the architecture of {checkpoint} is not known:")
     assert "neverheardof" in error.what
+    assert "LlamaForCausalLM" in error.fix and "Olmo2ForCausalLM" in error.fix
 
 
 def test_a_model_without_safetensors_is_refused_and_its_pickle_is_not_opened(checkpoint, tmp_path):

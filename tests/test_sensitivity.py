@@ -37,9 +37,9 @@ def losses(model, batch, loss="nll"):
     return -row_means(*measure(logits, batch["labels"]))
 
 
-def after_backward():
+def after_backward(config=GQA):
     """A model whose adapters carry the gradient of a batch, its groups, and a projection of each kind and axis."""
-    model, groups, _ = masked(GQA())
+    model, groups, _ = masked(config())
     losses(model, make_batch()).sum().backward()
     return model.get_base_model(), groups
 
@@ -60,6 +60,8 @@ def restated(layer, gradient, groups, power, third_term):
     if third_term:
         estimate = estimate - gradient.b.double() @ gradient.a.double()
     importance = (estimate * weight).abs() ** power
+    if groups.axis == 0:
+        importance = importance[groups.start : groups.start + groups.count * groups.size]
     lines = importance.sum(1 - groups.axis)
     return lines.reshape(groups.count, groups.size).sum(1)
 
@@ -100,8 +102,28 @@ def test_unit_norm_divides_by_the_norm_over_the_projections_groups():
     assert torch.allclose(unit, plain / (plain.norm() + 1e-6))
 
 
-def test_metric_lora_of_a_model_sums_over_all_projections_that_a_group_cuts():
-    model, groups, live = masked(GQA())
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_metric_lora_of_a_part_of_a_fused_projection_sees_the_rows_of_that_part_alone(chunk, monkeypatch):
+    monkeypatch.setattr(sensitivity, "CHUNK_ROWS", chunk)
+    base, groups = after_backward(FAMILY_CONFIGS["phi3"])
+    for kind, parts in (("kv_group", 3), ("ffn_channel", 2)):
+        producers = groups.layers[kind][0].producers
+        layer = base.get_submodule(producers[0].module)
+        gradient = adapter_gradient(layer)
+        found = [adapter_importance(layer, gradient, one) for one in producers]
+        assert len(found) == parts
+        for values, one in zip(found, producers, strict=True):
+            assert torch.allclose(values, restated(layer, gradient, one, 1, False), rtol=1e-5)
+        for one in producers:  # a gradient on the rows of one part is seen in that part's groups, and nowhere else
+            b = torch.zeros_like(gradient.b)
+            b[one.span.start + one.size] = 1.0  # the first row of its second group
+            alone = AdapterGradient(torch.zeros_like(gradient.a), b)
+            seen = [adapter_importance(layer, alone, other).nonzero().flatten().tolist() for other in producers]
+            assert seen == [[1] if other is one else [] for other in producers]
+
+
+def test_metric_lora_of_a_model_sums_over_all_projections_that_a_group_cuts(config):
+    model, groups, live = masked(config)
     batch = make_batch()
     scored = score_model(model, live, [batch], "retain", prune_metric="lora", loss="nll")
     losses(model, batch).sum().backward()

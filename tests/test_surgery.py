@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
@@ -45,6 +45,52 @@ def test_a_kv_group_goes_with_its_query_heads_and_their_biases():
         weights["model.layers.1.self_attn.v_proj.bias"].tolist()
         == whole["model.layers.1.self_attn.v_proj.bias"][:12].tolist()
     )
+
+
+def test_the_rows_of_fused_projections_are_cut_in_each_of_their_parts():
+    removed = {"kv_group": [[1], [0, 3]], "ffn_channel": [[0, 5], [23, 7]]}
+    model = make_model(
+        FAMILY_CONFIGS["phi3"]()
+    )  # 8 query heads of 4, then 4 keys, then 4 values; 24 gates, then 24 ups
+    with torch.no_grad():  # every row says where it stood
+        for name, one in model.named_parameters():
+            if "qkv_proj" in name or "gate_up_proj" in name:
+                one.copy_(torch.arange(len(one))[:, None].expand_as(one))
+    groups = find_groups(model, model.config)
+    weights = cut_weights(model.state_dict(), groups, make_mask(groups, removed))
+    left = {name: one[:, 0].tolist() for name, one in weights.items() if "qkv_proj" in name or "gate_up" in name}
+    assert left == {
+        "model.layers.0.self_attn.qkv_proj.weight": [
+            *range(8), *range(16, 32),  # queries
+            *range(32, 36), *range(40, 48),  # keys
+            *range(48, 52), *range(56, 64),  # values
+        ],
+        "model.layers.1.self_attn.qkv_proj.weight": [*range(8, 24), *range(36, 44), *range(52, 60)],
+        "model.layers.0.mlp.gate_up_proj.weight": [one for one in range(48) if one not in (0, 5, 24, 29)],
+        "model.layers.1.mlp.gate_up_proj.weight": [one for one in range(48) if one not in (7, 23, 31, 47)],
+    }  # fmt: skip
+    layer = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(weights[layer], model.state_dict()[layer][:, [*range(8), *range(16, 32)]])
+
+
+def test_biases_of_fused_projections_go_with_their_rows():
+    config = FAMILY_CONFIGS["phi3"]()
+    model = make_model(config)
+    groups, weights = find_groups(model, config), model.state_dict()
+    bias = "model.layers.0.self_attn.qkv_proj.bias"
+    weights[bias] = torch.arange(64.0)
+    cut_bias = cut_weights(weights, groups, make_mask(groups, {"kv_group": [[0, 1, 2], [0, 1, 2]]}))[bias]
+    assert cut_bias.tolist() == [*range(24, 32), *range(44, 48), *range(60, 64)]
+
+
+def test_a_norm_over_all_heads_loses_what_its_heads_lose():
+    model, _, _, weights = cut(FAMILY_CONFIGS["olmo2"](), {"kv_group": [[1], [3]]})
+    whole, layer = model.state_dict(), "model.layers.0.self_attn"
+    queries, keys = [*range(8), *range(16, 32)], [*range(4), *range(8, 16)]
+    assert torch.equal(weights[f"{layer}.q_norm.weight"], whole[f"{layer}.q_norm.weight"][queries])
+    assert torch.equal(weights[f"{layer}.k_norm.weight"], whole[f"{layer}.k_norm.weight"][keys])
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        assert torch.equal(weights[f"model.layers.0.{name}.weight"], whole[f"model.layers.0.{name}.weight"])
 
 
 def test_an_output_bias_is_not_cut():
@@ -128,6 +174,30 @@ def test_a_llama_with_biases_has_no_stock_form_with_heads_that_do_not_divide_the
     _, groups, mask, _ = cut(config, {"kv_group": [[0], [1]]})
     with pytest.raises(ValueError, match="LlamaForCausalLM has no stock form with 7 heads"):
         cut_config(config, groups, mask)
+
+
+def test_what_is_gemma_2s_own_stays_in_its_config():
+    config = FAMILY_CONFIGS["gemma2"]()
+    _, groups, mask, _ = cut(config, {"kv_group": [[0, 1], [1, 3]]})
+    small = cut_config(config, groups, mask)
+    assert (small.model_type, small.num_attention_heads, small.head_dim) == ("gemma2", 4, 8)
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
+        assert getattr(small, name) == getattr(config, name) is not None
+
+
+def test_gemma_2_has_no_stock_form_with_heads_that_do_not_divide_the_hidden_size():
+    config = Gemma2Config(**SIZES, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    _, groups, mask, _ = cut(config, {"kv_group": [[0], [1]]})
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM has no stock form with 6 heads"):
+        cut_config(config, groups, mask)
+
+
+def test_a_models_own_modelling_file_is_not_named_where_a_stock_class_is_meant():
+    config = FAMILY_CONFIGS["phi3"]()
+    config.auto_map = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    _, groups, mask, _ = cut(config, {"kv_group": [[0], [1]]})
+    assert "auto_map" not in cut_config(config, groups, mask).to_dict()
 
 
 def test_layers_of_different_width_have_no_stock_config():

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from loraprune.errors import UserError
 from loraprune.groups import expected_shapes
+from loraprune.model import adapted_projections
 from loraprune.settings import Settings, flag
 
 CONFIG, WEIGHTS, MASK = "adapter_config.json", "adapter_model.safetensors", "mask.safetensors"
@@ -46,6 +47,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return how the adapter was made; raise UserError for a kind that is not plain LoRA."""
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     used = [name for name in VARIANTS if values.get(name)]
+    used += [] if isinstance(values.get("target_modules"), list) else ["target_modules as a pattern"]
     if values.get("peft_type") != "LORA" or used:
         kind = ", ".join(used) or f"peft_type {values.get('peft_type')}"
         raise UserError(
@@ -64,7 +66,9 @@ def adapter_hash(folder: Path) -> str:
 def check_adapter(settings: Settings, config: PretrainedConfig) -> None:
     """Raise UserError where the adapter that a run shall start from does not fit the run; only headers are read."""
     folder = adapter_folder(settings.adapter or "")
-    refuse_other_config(folder, {name: getattr(settings, name) for name in OF_CONFIG}, flag)
+    projections = adapted_projections(settings, config)
+    asked = {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha, "target_modules": projections}
+    refuse_other_config(folder, asked, flag)
     check_shapes(folder, config)
     if (mask := folder.parent / MASK).exists() and any(not bool(one.all()) for one in load_file(mask).values()):
         raise UserError(
@@ -115,8 +119,9 @@ def check_shapes(folder: Path, config: PretrainedConfig) -> None:
 
 def _adapter_shapes(own: Mapping[str, Any], config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for module, (out, size) in expected_shapes(config).items():
+    for module, shape in expected_shapes(config).items():
         if module.rpartition(".")[2] in own["target_modules"]:
+            out, size = shape
             shapes[f"{PREFIX}{module}.lora_A.weight"] = (own["r"], size)
             shapes[f"{PREFIX}{module}.lora_B.weight"] = (out, own["r"])
     return shapes

@@ -8,18 +8,19 @@ Symbols  -
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import peft
 
-from loraprune.settings import PROJECTIONS, Settings
+from loraprune.settings import Settings
 
 
 @dataclass
 class LoraConfig(peft.LoraConfig):
-    """PEFT's LoRA configuration for all seven projections, with how an unlearning run decides.
+    """PEFT's LoRA configuration for every linear layer but the output's, with how an unlearning run decides.
 
     A group may go when its share S / (1 + S) of the dual score S = I_forget / (I_retain + `unlearning_epsilon`) is
     above `unlearning_threshold`. Each pruning step must leave retention at or above `min_retain_performance`.
@@ -36,7 +37,7 @@ class LoraConfig(peft.LoraConfig):
 
     def __post_init__(self) -> None:
         if self.target_modules is None:
-            self.target_modules = list(PROJECTIONS)
+            self.target_modules = "all-linear"  # PEFT's word for them; on a model it becomes their names
         Settings(**{name: getattr(self, name) for name in UNLEARNING_FIELDS})  # checks the ranges
         super().__post_init__()
 
@@ -56,13 +57,13 @@ class LoraConfig(peft.LoraConfig):
 UNLEARNING_FIELDS = ("unlearning_threshold", "unlearning_epsilon", "min_retain_performance", "forget_retain_ratio")
 
 
-def lora_config(settings: Settings) -> LoraConfig:
-    """Return the adapter configuration of a run."""
+def lora_config(settings: Settings, target_modules: Sequence[str]) -> LoraConfig:
+    """Return the adapter configuration of a run; `target_modules` are names of the model's projections."""
     return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT multiplies with it, fractions hold
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=list(target_modules),
         task_type="CAUSAL_LM",
         **{name: getattr(settings, name) for name in UNLEARNING_FIELDS},
     )

@@ -1,17 +1,20 @@
 """Groups: what can be cut out of an architecture, as data; what is not understood is refused by name.
 
 Reads    a model's config, and the shapes of its weights (from the checkpoint's headers, before anything is loaded)
-Gives    ModelGroups
+Gives    ModelGroups; the config of the model when groups are gone
 Source   Grouped-query attention, arXiv 2305.13245: a key/value head goes with all query heads that share it
 Symbols  a projection with axis 0 loses rows, with axis 1 columns
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from loraprune.errors import UserError
 from loraprune.modeling_per_layer import CLASS, MODEL_TYPE
@@ -20,7 +23,10 @@ from loraprune.records import GroupKind, LayerGroups, ModelGroups, ProjectionGro
 
 @dataclass(frozen=True)
 class Family:
-    """Names of an architecture's modules; adding a family is adding one of these."""
+    """Names of an architecture's modules; adding a family is adding one of these (docs/new-family.md).
+
+    A fused module is named once for each of its parts, which lie on each other in the order of the fields.
+    """
 
     architecture: str
     layer: str = "model.layers.{}"
@@ -31,16 +37,47 @@ class Family:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    heads_divide_hidden: bool = False  # the stock config refuses head counts that do not divide the hidden size
-    stand_in: str | None = None  # a family whose stock class gives the same logits and takes any head count
+    query_norm: str | None = None  # a norm over all heads together; one over each head alone loses nothing
+    key_norm: str | None = None
+    stand_in: str | None = None  # a family whose stock class gives the same logits where its own refuses a head count
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """Return the modules of attention that are cut, each once."""
+        return _each_once(self.query, self.key, self.value, self.attention_output)
+
+    @property
+    def feed_forward(self) -> tuple[str, ...]:
+        return _each_once(self.gate, self.up, self.down)
 
 
+def _each_once(*names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+FUSED_ATTENTION, FUSED_FEED_FORWARD = "self_attn.qkv_proj", "mlp.gate_up_proj"
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("LlamaForCausalLM", heads_divide_hidden=True, stand_in="mistral"),
+    "llama": Family("LlamaForCausalLM", stand_in="mistral"),
     "mistral": Family("MistralForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
+    "gemma": Family("GemmaForCausalLM"),
+    "gemma2": Family("Gemma2ForCausalLM"),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        query=FUSED_ATTENTION,
+        key=FUSED_ATTENTION,
+        value=FUSED_ATTENTION,
+        gate=FUSED_FEED_FORWARD,
+        up=FUSED_FEED_FORWARD,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
 }
+
+
+def known_architectures() -> str:
+    """Return the architectures of the table in words."""
+    return ", ".join(one.architecture for one in FAMILIES.values())
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -49,12 +86,17 @@ def family_of(config: PretrainedConfig) -> Family:
     named = tuple(config.architectures or ())
     if family is not None and (not named or {family.architecture, CLASS + family.architecture} & set(named)):
         return family
-    known = ", ".join(one.architecture for one in FAMILIES.values())
     raise UserError(
         f"the architecture {', '.join(named) or config.model_type} is not known to loraprune.",
         "cutting a model whose structure is guessed gives a broken one.",
-        f"use a model of one of these: {known}.",
+        f"use a model of one of these: {known_architectures()}.",
     )
+
+
+def projections_of(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the last names of the family's projections: those that carry an adapter unless the settings name some."""
+    family = family_of(config)
+    return tuple(name.rpartition(".")[2] for name in (*family.attention, *family.feed_forward))
 
 
 def is_per_layer(config: PretrainedConfig) -> bool:
@@ -76,13 +118,48 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def queries_per_group(config: PretrainedConfig) -> int:
+    """Return how many query heads share one key/value head."""
+    return config.num_attention_heads // config.num_key_value_heads
+
+
+# --- what a stock class takes -----------------------------------------------------------------------------------------
+
+
 def allowed_kv_groups(config: PretrainedConfig) -> frozenset[int]:
-    """Return the numbers of kept kv_groups for which a stock class loads the result."""
-    family, counts = family_of(config), range(1, config.num_key_value_heads + 1)
-    if not family.heads_divide_hidden or stand_in_holds(config):
-        return frozenset(counts)
-    queries = config.num_attention_heads // config.num_key_value_heads
-    return frozenset(n for n in counts if config.hidden_size % (n * queries) == 0)
+    """Return the numbers of kept kv_groups for which a stock class loads the result: the configs themselves say so."""
+    counts = range(1, config.num_key_value_heads + 1)
+    return frozenset(n for n in counts if stock_config(config, n, config.intermediate_size) is not None)
+
+
+def stock_config(config: PretrainedConfig, kv_groups: int, channels: int) -> PretrainedConfig | None:
+    """Return the config of the model with so many groups in every layer; None where stock transformers refuses it.
+
+    Of the family's stand-in where its own class refuses: Llama demands that the head count divides the hidden size,
+    MistralForCausalLM without a sliding window computes the same and does not.
+    """
+    values = config.to_dict() | {
+        "num_key_value_heads": kv_groups,
+        "num_attention_heads": kv_groups * queries_per_group(config),
+        "intermediate_size": channels,
+        "head_dim": head_dim_of(config),
+    }
+    values.pop("auto_map", None)  # the stock class is meant, and modelling files of the model's own are not copied
+    own, stand_in = _accepted(config.model_type, values), family_of(config).stand_in
+    if own is not None or stand_in is None or not stand_in_holds(config):
+        return own
+    architectures = [FAMILIES[stand_in].architecture]
+    return _accepted(
+        stand_in, values | {"model_type": stand_in, "architectures": architectures, "sliding_window": None}
+    )
+
+
+def _accepted(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig | None:
+    """Return the config with these values; None where its own check of the whole refuses them."""
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(values))
+    except StrictDataclassClassValidationError:
+        return None
 
 
 def stand_in_holds(config: PretrainedConfig) -> bool:
@@ -92,20 +169,26 @@ def stand_in_holds(config: PretrainedConfig) -> bool:
     return family.stand_in is not None and not biased
 
 
-def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of every projection that the config promises."""
+# --- what the weights must look like ----------------------------------------------------------------------------------
+
+
+def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that is cut, as the config promises it: (out, in), of a norm (width,)."""
     family, hidden, head_dim = family_of(config), config.hidden_size, head_dim_of(config)
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     inner = config.intermediate_size
-    one = {
-        family.query: (query, hidden),
-        family.key: (key, hidden),
-        family.value: (key, hidden),
-        family.attention_output: (hidden, query),
-        family.gate: (inner, hidden),
-        family.up: (inner, hidden),
-        family.down: (hidden, inner),
-    }
+    rows: Counter[str] = Counter()
+    for name, size in (
+        (family.query, query),
+        (family.key, key),
+        (family.value, key),
+        (family.gate, inner),
+        (family.up, inner),
+    ):
+        rows[name] += size  # the parts of a fused module lie on each other
+    one: dict[str, tuple[int, ...]] = {name: (size, hidden) for name, size in rows.items()}
+    one |= {family.attention_output: (hidden, query), family.down: (hidden, inner)}
+    one |= {name: (size,) for name, size in ((family.query_norm, query), (family.key_norm, key)) if name}
     layers = [family.layer.format(index) for index in range(config.num_hidden_layers)]
     return {f"{layer}.{name}": shape for layer in layers for name, shape in one.items()}
 
@@ -122,7 +205,7 @@ def check_shapes(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
         elif tuple(found) != expected:
             _refuse_shape(
                 config,
-                f"{module}.weight is {' x '.join(map(str, found))}, the config says {expected[0]} x {expected[1]}",
+                f"{module}.weight is {' x '.join(map(str, found))}, the config says {' x '.join(map(str, expected))}",
             )
 
 
@@ -161,31 +244,46 @@ def _attention_groups(
     family: Family, config: PretrainedConfig, layer: str, index: int, parameters: Mapping[str, nn.Parameter]
 ) -> LayerGroups:
     head_dim, count = head_dim_of(config), config.num_key_value_heads
-    queries = head_dim * (config.num_attention_heads // count)
-    rows = {family.query: queries, family.key: head_dim, family.value: head_dim}
-    producers = [ProjectionGroups(f"{layer}.{name}", "kv_group", 0, count, size) for name, size in rows.items()]
+    queries = head_dim * queries_per_group(config)
+    rows = ((family.query, queries), (family.key, head_dim), (family.value, head_dim))
+    spanned = ((family.query_norm, queries), (family.key_norm, head_dim))
+    producers = _producers(layer, "kv_group", count, rows)
     consumer = ProjectionGroups(f"{layer}.{family.attention_output}", "kv_group", 1, count, queries)
-    return _layer_groups(index, "kv_group", producers, consumer, parameters)
+    norms = tuple(ProjectionGroups(f"{layer}.{name}", "kv_group", 0, count, size) for name, size in spanned if name)
+    return _layer_groups(index, producers, consumer, norms, parameters)
 
 
 def _feed_forward_groups(
     family: Family, config: PretrainedConfig, layer: str, index: int, parameters: Mapping[str, nn.Parameter]
 ) -> LayerGroups:
     count = config.intermediate_size
-    producers = [ProjectionGroups(f"{layer}.{name}", "ffn_channel", 0, count, 1) for name in (family.gate, family.up)]
+    producers = _producers(layer, "ffn_channel", count, ((family.gate, 1), (family.up, 1)))
     consumer = ProjectionGroups(f"{layer}.{family.down}", "ffn_channel", 1, count, 1)
-    return _layer_groups(index, "ffn_channel", producers, consumer, parameters)
+    return _layer_groups(index, producers, consumer, (), parameters)
+
+
+def _producers(
+    layer: str, kind: GroupKind, count: int, parts: Sequence[tuple[str, int]]
+) -> tuple[ProjectionGroups, ...]:
+    """Return where each part's rows lie: parts of one module lie on each other, in this order."""
+    taken: Counter[str] = Counter()
+    producers = []
+    for name, size in parts:
+        producers.append(ProjectionGroups(f"{layer}.{name}", kind, 0, count, size, taken[name]))
+        taken[name] += count * size
+    return tuple(producers)
 
 
 def _layer_groups(
     index: int,
-    kind: GroupKind,
-    producers: list[ProjectionGroups],
+    producers: tuple[ProjectionGroups, ...],
     consumer: ProjectionGroups,
+    norms: tuple[ProjectionGroups, ...],
     parameters: Mapping[str, nn.Parameter],
 ) -> LayerGroups:
     """Count a group's parameters from the weights themselves, biases of cut rows included."""
-    cut = sum(one.size * parameters[f"{one.module}.weight"].shape[1] for one in producers)
-    cut += sum(one.size for one in producers if f"{one.module}.bias" in parameters)
-    cut += consumer.size * parameters[f"{consumer.module}.weight"].shape[0]
-    return LayerGroups(index, kind, consumer.count, tuple(producers), consumer, cut)
+    cut = consumer.size * parameters[f"{consumer.module}.weight"].shape[0]
+    for one in (*producers, *norms):
+        cut += one.size * parameters[f"{one.module}.weight"][0].numel()
+        cut += one.size if f"{one.module}.bias" in parameters else 0
+    return LayerGroups(index, consumer.kind, consumer.count, producers, consumer, cut, norms)

@@ -14,6 +14,7 @@ from math import ceil, floor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from loraprune.adapter import check_adapter
+from loraprune.contradictions import refuse_contradictions
 from loraprune.data import (
     Example,
     Overlap,
@@ -28,9 +29,9 @@ from loraprune.data import (
     with_prompt_labels,
 )
 from loraprune.errors import UserError
-from loraprune.groups import expected_shapes, meta_groups, refuse_per_layer
+from loraprune.groups import family_of, meta_groups, refuse_per_layer
 from loraprune.length import refuse_idle, resolved
-from loraprune.model import check_machine, checked_config, load_tokenizer, refuse_missing_modules
+from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import KINDS, ModelGroups
 from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, smallest_step
 from loraprune.settings import Settings, flag
@@ -90,8 +91,7 @@ def prepare(settings: Settings) -> Inputs:
     refuse_contradictions(settings)
     config = checked_config(settings.model, settings)
     refuse_per_layer(config)
-    refuse_missing_modules(settings, expected_shapes(config))
-    _refuse_unseen_kind(settings, config)
+    _refuse_unseen_kind(settings, config, adapted_projections(settings, config))
     _refuse_unreachable(settings, config)
     if settings.adapter is not None:
         check_adapter(settings, config)
@@ -177,71 +177,14 @@ def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place:
         )
 
 
-def refuse_contradictions(settings: Settings) -> None:
-    """Raise UserError for the first two settings that cannot both be had."""
-    one = settings
-    floors = one.min_retain_performance > 0 or one.guard is not None
-    for broken, what, why, fix in (
-        (
-            one.frozen_layers and one.widths == "uniform",
-            "frozen_layers keeps some layers whole, and widths is uniform.",
-            "under uniform widths every layer loses the same.",
-            "set --widths per_layer.",
-        ),
-        (
-            one.budget == "global" and (one.attention_ratio != 1.0 or one.sparsity_of == "groups"),
-            "budget is global, and attention_ratio or sparsity_of gives each kind a share of its own.",
-            "one ranking over all groups knows no shares.",
-            "set --budget kind or layer, or leave the other two out.",
-        ),
-        (
-            one.attention_ratio == 0.0 and one.sparsity_of == "groups",
-            "attention_ratio is 0, and sparsity_of is groups.",
-            "the sparsity would be a share of groups of which a kind is left whole.",
-            "set --sparsity-of parameters.",
-        ),
-        (
-            one.sparsity_of == "groups" and floors,
-            "sparsity_of is groups, and a floor is set.",
-            "a step that breaks the floor is halved in parameters; shares of groups are not.",
-            "set --sparsity-of parameters, or --min-retain-performance 0 and no --guard.",
-        ),
-        (
-            one.score_from == "training" and one.is_unlearning,
-            "score_from is training, and there is a forget set.",
-            "a training step's gradient is of both losses, and forget and retain must be scored apart.",
-            "set --score-from passes.",
-        ),
-        (
-            one.score_from == "training" and one.metric == "activation",
-            "score_from is training, and metric activation reads no gradient.",
-            "there is nothing of it in a training step.",
-            "set --score-from passes.",
-        ),
-        (
-            one.metric == "magnitude" and one.is_unlearning,
-            "metric is magnitude, and there is a forget set.",
-            "weights alone do not tell what serves which set: every dual score would be 1.",
-            "set --metric gate or lora.",
-        ),
-        (
-            one.initial_sparsity > 0 and one.initial_sparsity >= (one.sparsity or one.max_sparsity),
-            f"initial_sparsity is {one.initial_sparsity:g}, and the goal is {one.sparsity or one.max_sparsity:g}.",
-            "the schedule rises from the one to the other.",
-            "lower --initial-sparsity.",
-        ),
-    ):
-        if broken:
-            raise UserError(what, why, fix)
-
-
-def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig) -> None:
+def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig, adapted: Sequence[str]) -> None:
     """Refuse metric lora where no adapter lies on attention or on feed-forward: it would see nothing of them."""
     if settings.metric != "lora":
         return
-    for part in ("self_attn", "mlp"):
-        leaves = {name.rpartition(".")[2] for name in expected_shapes(config) if f".{part}." in name}
-        if not leaves & set(settings.target_modules):
+    family = family_of(config)
+    for part in (family.attention, family.feed_forward):
+        leaves = {name.rpartition(".")[2] for name in part}
+        if not leaves & set(adapted):
             raise UserError(
                 f"metric lora has no adapter on {' '.join(sorted(leaves))}.",
                 "it reads adapter gradients alone, so these groups would go in an arbitrary order.",

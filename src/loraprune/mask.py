@@ -2,7 +2,8 @@
 
 Reads    ModelGroups, a Mask value
 Gives    LiveMask
-Source   -  (a pre-hook on the inputs of the attention output and down projections equals slicing exactly)
+Source   -  (a pre-hook on the inputs of the attention output and down projections equals slicing exactly, where no norm
+         spans the heads; one that does is run over the kept heads)
 Symbols  gate = a factor of ones, (batch, 1, width); its gradient is the first-order effect of removing a channel
 """
 
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
 
@@ -54,6 +56,30 @@ class _Hook:
         self.factor = None if whole else kept.repeat_interleave(self.consumer.size).float()
 
 
+class _NormHook:
+    """Runs a norm that spans all groups over the kept ones alone, as the cut model will; the others are 0 behind it."""
+
+    def __init__(self, module: nn.Module, norm: ProjectionGroups) -> None:
+        self.norm = norm
+        self.indices: Tensor | None = None  # of the kept channels, None while nothing is removed
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.indices is None:
+            return output
+        kept, self.indices = self.indices.to(output.device), None  # the norm is called once more, without this hook
+        try:
+            weights = {"weight": module.get_parameter("weight")[kept]}
+            normed = functional_call(module, weights, (arguments[0][..., kept],))
+        finally:
+            self.indices = kept
+        return torch.zeros_like(output).index_copy(-1, kept, normed)
+
+    def set(self, kept: Tensor) -> None:
+        whole = bool(kept.all())
+        self.indices = None if whole else kept.repeat_interleave(self.norm.size).nonzero()[:, 0]
+
+
 class LiveMask:
     """The mask of a live model. `model` may carry adapters: they sit behind the same inputs. `mask_of` finds it."""
 
@@ -67,16 +93,24 @@ class LiveMask:
             for kind in KINDS
             for one in groups.layers[kind]
         }
+        self._norms: list[tuple[GroupKind, int, _NormHook]] = [
+            (kind, one.layer, _NormHook(base.get_submodule(norm.module), norm))
+            for kind in KINDS
+            for one in groups.layers[kind]
+            for norm in one.norms
+        ]
 
     def set(self, mask: Mask) -> None:
         """Lay a mask over the model, in place of the one before."""
         self.value = mask
         for (kind, layer), hook in self._hooks.items():
             hook.set(mask.kept[kind][layer])
+        for kind, layer, norm in self._norms:
+            norm.set(mask.kept[kind][layer])
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks.values():
+        for hook in (*self._hooks.values(), *(norm for _, _, norm in self._norms)):
             hook.handle.remove()
 
     @contextmanager

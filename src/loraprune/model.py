@@ -9,7 +9,7 @@ Symbols  -
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.utils import logging
 from loraprune.config import lora_config
 from loraprune.errors import UserError
 from loraprune.forms import check_layers, use_own_code
-from loraprune.groups import check_shapes, family_of, is_per_layer
+from loraprune.groups import check_shapes, family_of, is_per_layer, known_architectures, projections_of
 from loraprune.settings import Settings
 
 
@@ -67,7 +67,7 @@ def _config(name: str, settings: Settings) -> PretrainedConfig:
         raise UserError(
             f"the architecture of {name} is not known: {_first_line(error)}",
             "cutting a model whose structure is guessed gives a broken one.",
-            "use a Llama, Mistral, Qwen2 or Qwen3 model; a newer one may need a newer transformers.",
+            f"use a model of one of these: {known_architectures()}; a newer one may need a newer transformers.",
         ) from error
     except OSError as error:
         raise UserError(
@@ -194,25 +194,26 @@ def load_pruned(path: str | Path, **options: Any) -> Any:
     return model.eval()
 
 
-def refuse_missing_modules(settings: Settings, modules: Iterable[str]) -> None:
-    """Raise UserError when a target module is none of these modules, by the last part of its name."""
-    leaves = {name.rpartition(".")[2] for name in modules}
-    missing = [name for name in settings.target_modules if name not in leaves]
-    if missing or not settings.target_modules:
+def adapted_projections(settings: Settings, config: PretrainedConfig) -> tuple[str, ...]:
+    """Return which of the family's projections carry an adapter; raise UserError where a name is none of them."""
+    known = projections_of(config)
+    missing = [name for name in settings.target_modules if name not in known]
+    if missing:
         raise UserError(
-            f"target_modules: {', '.join(missing) or 'an empty list'} match no module of the model.",
+            f"target_modules: {', '.join(missing)} match no projection of {family_of(config).architecture}.",
             "an adapter that is not there neither guides the pruning nor repairs it.",
-            f"name modules of this model, e.g. --target-modules {','.join(Settings.target_modules)}.",
+            f"name some of --target-modules {','.join(known)}, or leave it out: then all of them carry one.",
         )
+    return settings.target_modules or known
 
 
 def attach_lora(model: Any, settings: Settings) -> PeftModel:
-    """Return the model with fresh adapters on every target module; the same seed gives the same adapters."""
+    """Return the model with fresh adapters on its projections; the same seed gives the same adapters."""
     torch.manual_seed(settings.seed)
-    refuse_missing_modules(settings, (name for name, _ in model.named_modules()))
+    projections = adapted_projections(settings, model.config)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return get_peft_model(model, lora_config(settings))
+    return get_peft_model(model, lora_config(settings, projections))
 
 
 def lora_layers(model: PeftModel) -> list[Any]:

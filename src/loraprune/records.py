@@ -42,13 +42,22 @@ class Group:
 
 @dataclass(frozen=True)
 class ProjectionGroups:
-    """How the groups lie in one projection: `count` blocks of `size` rows (axis 0) or columns (axis 1)."""
+    """How the groups lie in one module: `count` blocks of `size` rows (axis 0) or columns (axis 1) from `start` on.
+
+    A fused module, such as queries, keys and values in one, has one of these for each of its parts.
+    """
 
     module: str
     kind: GroupKind
     axis: Literal[0, 1]
     count: int
     size: int
+    start: int = 0
+
+    @property
+    def span(self) -> slice:
+        """Return the rows or columns of the module in which the groups lie."""
+        return slice(self.start, self.start + self.count * self.size)
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,17 @@ class LayerGroups:
     producers: tuple[ProjectionGroups, ...]  # q, k, v or gate, up: rows go
     consumer: ProjectionGroups  # o or down: columns go
     parameters_per_group: int
+    norms: tuple[ProjectionGroups, ...] = ()  # those that span all groups: cut with them, and scored by no metric
 
     @property
     def projections(self) -> tuple[ProjectionGroups, ...]:
         return (*self.producers, self.consumer)
+
+    @property
+    def by_module(self) -> dict[str, tuple[ProjectionGroups, ...]]:
+        """Return everything that is cut with a group, the parts of one module together."""
+        parts = (*self.projections, *self.norms)
+        return {one.module: tuple(part for part in parts if part.module == one.module) for one in parts}
 
 
 @dataclass(frozen=True)

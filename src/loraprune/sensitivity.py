@@ -137,15 +137,16 @@ def adapter_importance(
     a, b = layer.lora_A[name].get_parameter("weight").detach(), layer.lora_B[name].get_parameter("weight").detach()
     weight = dequantize_module_weight(layer.get_base_layer())
     total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
-    for start in range(0, weight.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    first, last, _ = (groups.span if groups.axis == 0 else slice(None)).indices(weight.shape[0])
+    for start in range(first, last, CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, last))
         effect = gradient.b[rows] @ a + b[rows] @ gradient.a
         if third_term:
             effect -= gradient.b[rows] @ gradient.a
         effect *= torch.addmm(weight[rows].to(a.dtype), b[rows], a, alpha=layer.scaling[name])
         effect = effect.abs_() if power == 1 else effect.square_()
         if groups.axis == 0:
-            total[rows] = effect.sum(1, dtype=torch.float64)
+            total[start - first : rows.stop - first] = effect.sum(1, dtype=torch.float64)
         else:
             total += effect.sum(0, dtype=torch.float64)
     return total.reshape(groups.count, groups.size).sum(1)
@@ -184,11 +185,12 @@ def _summed(
     """Return the sums over each group of |block| ** power; a block is made of some rows of W + s B A."""
     weight = dequantize_module_weight(base_of(layer))
     total = torch.zeros(groups.count * groups.size, dtype=torch.float64, device=weight.device)
-    for start in range(0, weight.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    first, last, _ = (groups.span if groups.axis == 0 else slice(None)).indices(weight.shape[0])
+    for start in range(first, last, CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, last))
         values = block(rows, _effective(layer, weight[rows].detach().float(), rows)).abs().pow_(power)
         if groups.axis == 0:
-            total[rows] = values.sum(1, dtype=torch.float64)
+            total[start - first : rows.stop - first] = values.sum(1, dtype=torch.float64)
         else:
             total += values.sum(0, dtype=torch.float64)
     return total.reshape(groups.count, groups.size).sum(1)

@@ -21,9 +21,6 @@ from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, 
 from loraprune.records import Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
 
 INSTRUCTION = "instruction"  # the name of a template; see data.py
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 KIND_WORDS: dict[type, str] = {
     str: "text",
     bool: "true or false",
@@ -372,7 +369,12 @@ class Settings:
     lora_rank: int = setting(8, "lora", "Rank of the adapters.", allowed=AT_LEAST_ONE)
     lora_alpha: float = setting(16, "lora", "Adapters are scaled by alpha / rank.", allowed=POSITIVE)
     lora_dropout: float = setting(0.0, "lora", "Dropout in front of the adapters.", allowed=Range(0, 1, open_high=True))
-    target_modules: tuple[str, ...] = setting(PROJECTIONS, "lora", "Projections that carry an adapter.")
+    target_modules: tuple[str, ...] = setting(
+        (),
+        "lora",
+        "Projections that carry an adapter, by the last part of their names (q_proj, or qkv_proj where it is fused); "
+        "none named: all projections of the model's family.",
+    )
     adapter: str | None = setting(
         None,
         "lora",

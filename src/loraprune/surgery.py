@@ -6,12 +6,13 @@ Source   -
 Symbols  -
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
-from loraprune.groups import family_of, stand_in_holds
+from loraprune.groups import queries_per_group, stock_config
 from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
 
 
@@ -22,17 +23,20 @@ def cut_weights(weights: Mapping[str, Tensor], groups: ModelGroups, mask: Mask) 
         for one in groups.layers[kind]:
             kept = mask.kept[kind][one.layer]
             if not kept.all():
-                for projection in one.projections:
-                    _cut_projection(cut, projection, kept)
+                for module, parts in one.by_module.items():
+                    _cut_module(cut, module, parts, kept)
     return cut
 
 
-def _cut_projection(weights: dict[str, Tensor], projection: ProjectionGroups, kept: Tensor) -> None:
-    """Cut rows (with their biases) or columns of one projection."""
-    indices = kept.repeat_interleave(projection.size).nonzero()[:, 0]
-    weight, bias = f"{projection.module}.weight", f"{projection.module}.bias"
-    weights[weight] = weights[weight].index_select(projection.axis, indices.to(weights[weight].device))
-    if projection.axis == 0 and bias in weights:
+def _cut_module(weights: dict[str, Tensor], module: str, parts: Sequence[ProjectionGroups], kept: Tensor) -> None:
+    """Cut rows (with their biases) or columns of all parts of one module at once: one by one, places would shift."""
+    weight, bias, axis = f"{module}.weight", f"{module}.bias", parts[0].axis
+    stays = torch.ones(weights[weight].shape[axis], dtype=torch.bool)
+    for one in parts:
+        stays[one.span] = kept.repeat_interleave(one.size).cpu()
+    indices = stays.nonzero()[:, 0]
+    weights[weight] = weights[weight].index_select(axis, indices.to(weights[weight].device))
+    if axis == 0 and bias in weights:
         weights[bias] = weights[bias].index_select(0, indices.to(weights[bias].device))
 
 
@@ -50,24 +54,13 @@ def uniform_widths(mask: Mask) -> dict[GroupKind, int]:
 
 
 def cut_config(config: PretrainedConfig, groups: ModelGroups, mask: Mask) -> PretrainedConfig:
-    """Return the config of the cut model; of the family's stand-in where its own class refuses the head count.
+    """Return the config of the cut model, of the family's stand-in where its own class refuses the head count.
 
-    Llama demands that the head count divides the hidden size; MistralForCausalLM without a sliding window computes the
-    same and does not.
+    Raises ValueError where no stock class has the model's form.
     """
-    widths, family = uniform_widths(mask), family_of(config)
-    queries = config.num_attention_heads // config.num_key_value_heads
-    heads = widths["kv_group"] * queries
-    values = config.to_dict() | {
-        "num_key_value_heads": widths["kv_group"],
-        "num_attention_heads": heads,
-        "intermediate_size": widths["ffn_channel"],
-        "head_dim": groups.layers["kv_group"][0].producers[1].size,
-    }
-    kind = config.model_type
-    if family.heads_divide_hidden and config.hidden_size % heads:
-        if not stand_in_holds(config) or family.stand_in is None:
-            raise ValueError(f"{family.architecture} has no stock form with {heads} heads")
-        kind = family.stand_in
-        values |= {"model_type": kind, "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    return CONFIG_MAPPING[kind].from_dict(values)
+    widths = uniform_widths(mask)
+    small = stock_config(config, widths["kv_group"], widths["ffn_channel"])
+    if small is None:
+        heads = widths["kv_group"] * queries_per_group(config)
+        raise ValueError(f"{groups.family} has no stock form with {heads} heads")
+    return small
