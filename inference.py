@@ -1,24 +1,93 @@
-"""Inference: the plan's evaluation of forget and retain set apart, before and after where the original is given.
+"""Inference: perplexity of plain texts, and the plan's evaluation of forget and retain set, before and after.
 
-Reads    --base_model, --forget_dataset, --retain_dataset, --original_model and the settings of `loraprune evaluate`
-Gives    tables on stdout and the plan's three metrics
-Source   the unlearning plan, section 6
+Reads    --base_model and --lora_weights (a run's adapter, with its mask) or a checkpoint; --text for LoRAPrune's
+         perplexity; --forget_dataset, --retain_dataset, --original_model and the settings of `loraprune evaluate`
+Gives    perplexity and time; tables on stdout and the plan's three metrics
+Source   LoRAPrune's inference.py; the unlearning plan, section 6
 Symbols  P = performance, in [0, 1]
 """
 
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loraprune.cli import COMMANDS, GOAL_MET, exit_code
-from loraprune.scripts import read, script_parser, settings_of
+from loraprune.cli import COMMANDS, GOAL_MET, add_setting, exit_code
+from loraprune.errors import UserError
+from loraprune.scripts import PLAN_NAMES, read, script_parser, settings_of
+from loraprune.settings import text_of
 
 if TYPE_CHECKING:
+    from loraprune.cli import Parser
     from loraprune.evaluation import Evaluation
     from loraprune.records import Interval
+    from loraprune.settings import Settings
 
 
-def evaluate(original_model: str = "", **values: Any) -> int:
+def evaluate(original_model: str = "", lora_weights: str = "", text: Sequence[str] = (), **values: Any) -> int:
+    """Print what is asked for of the model, with its adapter and mask where these are given; return the exit code."""
+    with TemporaryDirectory() as scratch:
+        asked = {PLAN_NAMES[name][0] if name in PLAN_NAMES else name: one for name, one in values.items()}
+        made_with = {name: asked[name] for name in OF_ADAPTER if name in asked}
+        values = {name: one for name, one in values.items() if name not in OF_ADAPTER and name not in SPELT}
+        if lora_weights:
+            values = assembled(values, lora_weights, made_with, Path(scratch) / "model")
+        elif made_with:
+            raise _idle(next(iter(made_with)), "--lora_weights")
+        with_sets = "forget" in asked or "retain" in asked
+        texts = [*text, *([values["guard"]] if "guard" in values and not with_sets else [])]
+        if texts:
+            measure_texts(values, texts)
+        if with_sets or not texts:
+            return evaluate_sets(original_model, values)
+        if original_model:
+            raise _idle("original_model", "--forget_dataset and --retain_dataset")
+    return GOAL_MET
+
+
+OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+SPELT = ("lora_r", "lora_target_modules")
+
+
+def _idle(name: str, other: str) -> UserError:
+    return UserError(f"--{name} is given without {other}.", "it would be ignored.", f"add {other}, or leave it out.")
+
+
+def assembled(values: Mapping[str, Any], weights: str, made_with: Mapping[str, Any], folder: "Path") -> dict[str, Any]:
+    """Return the values with the pruned model of base, adapter and mask as the model, written to `folder`."""
+    settings = needing(values, ("model",))
+    from loraprune.assembled import assemble
+    from loraprune.model import quiet_libraries
+
+    with quiet_libraries():
+        made = assemble(settings, weights, made_with, folder)
+    share = made.removed / made.parameters
+    print(f"adapter {made.adapter}, cut: {made.removed:,} of {made.parameters:,} parameters removed ({share:.2%})")
+    return {name: one for name, one in values.items() if name != "base_model"} | {"model": str(folder)}
+
+
+def measure_texts(values: Mapping[str, Any], sources: Sequence[str]) -> None:
+    """Print each text's perplexity at the context length of the settings."""
+    settings = needing(values, ("model",))
+    from loraprune.model import check_machine, checked_config, load_model, load_tokenizer, quiet_libraries
+    from loraprune.windows import measure_text
+
+    check_machine(settings)
+    with quiet_libraries():
+        checked_config(settings.model, settings)
+        model, tokenizer = load_model(settings.model, settings), load_tokenizer(settings.model, settings)
+        for source in sources:
+            print(measure_text(source, model, tokenizer, settings).line())
+
+
+def needing(values: Mapping[str, Any], needed: tuple[str, ...]) -> "Settings":
+    """Return the checked settings of the values where no more than `needed` must be given."""
+    return settings_of(values, "evaluate", needed)
+
+
+def evaluate_sets(original_model: str, values: Mapping[str, Any]) -> int:
     """Print each set's numbers, and what changed since the original model where there is one; return the exit code."""
     after = measured(values)
     show("the model", after)
@@ -100,7 +169,25 @@ def _call(arguments: list[str]) -> int:
     text = "Measure a model on the forget set and the retain set."
     parser = script_parser("inference.py", text, COMMANDS["evaluate"].settings)
     parser.add_argument("--original_model", default="", help="The model before unlearning; adds what changed.")
+    add_adapter_flags(parser)
     return evaluate(**read(parser, arguments))
+
+
+def add_adapter_flags(parser: "Parser") -> None:
+    """Add the flags of LoRAPrune's script that are no settings of an evaluation."""
+    group = parser.add_argument_group("a run's adapter, and plain text")
+    weights = "A run's folder, or its adapter folder; base model, adapter and mask beside it are put together and cut."
+    group.add_argument("--lora_weights", default="", metavar="DIR", help=f"{weights} Default: unset.")
+    text = (
+        "Plain text for perplexity in windows of --cutoff_len tokens: a file, or a hub name name:config:split; may be "
+        "repeated. --guard without the two sets is read like it; with these sets every metric is measured on them."
+    )
+    options: dict[str, Any] = {"default": SUPPRESS, "action": "append", "type": lambda one: (one,)}
+    group.add_argument("--text", metavar="FILE", help=f"{text} Default: unset.", **options)
+    written = {"lora_rank": "lora_r", "target_modules": "lora_target_modules"}
+    for name in OF_ADAPTER:
+        sentence = f"{text_of(name)} The adapter must have been made with it. Unset: whatever the adapter has."
+        add_setting(group, name, f"--{written.get(name, name)}", text=sentence, show_default=False)
 
 
 if __name__ == "__main__":

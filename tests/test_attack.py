@@ -14,7 +14,8 @@ from loraprune import attack, cli
 from loraprune.attack import ALL_UNITS, ROLES, UNITS, attack_run
 from loraprune.attack_findings import findings_of
 from loraprune.attacked import AttackedModel, AttackRows
-from loraprune.data import PairedBatches, load_rows
+from loraprune.batches import PairedBatches
+from loraprune.data import load_rows
 from loraprune.errors import UserError
 from loraprune.evaluate import answer_values
 from loraprune.metrics import mean_over_steps

@@ -11,7 +11,7 @@ import tomli_w
 from loraprune import cli
 from loraprune.errors import UserError
 from loraprune.records import RunReport
-from loraprune.settings import Settings, as_values, flag, kind_of
+from loraprune.settings import Settings, allowed_words, as_values, flag, kind_of
 
 ROOT = Path(__file__).parents[1]
 UNLEARN = ["unlearn", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--output", "out"]
@@ -116,7 +116,7 @@ def test_text_where_a_number_is_wanted_is_refused():
 
 
 def test_a_word_outside_a_choice_is_refused():
-    assert "metric is 'taylor'; it must be one of lora, gate." in refused(*UNLEARN, "--metric", "taylor")
+    assert "metric is 'taylor'; it must be one of lora, gate, " in refused(*UNLEARN, "--metric", "taylor")
 
 
 def test_a_column_without_a_role_is_refused():
@@ -241,6 +241,7 @@ def typed(name, value):
 
 OTHER_VALUES = {
     **{"trust_remote_code": True, "allow_overlap": True, "gradient_checkpointing": True, "show_examples": True},
+    **{"group_by_length": True, "train_on_prompt": True},
     **{"dtype": "float16", "device": "cpu", "metric": "lora", "score_loss": "nll", "forget_loss": "ga"},
     **{"columns": {"prompt": "q", "answer": "a=b"}, "target_modules": ("q_proj", "v_proj"), "report_to": ("wandb",)},
     **{
@@ -257,7 +258,12 @@ def other_value(name):
     """Return a value that is not the setting's default."""
     if name in OTHER_VALUES:
         return OTHER_VALUES[name]
-    return {str: "x", int: 11, float: 0.25}[kind_of(name)]
+    default = getattr(Settings(), name)
+    if kind_of(name) is bool:
+        return not default
+    if words := allowed_words(name):
+        return next(word for word in words if word != default)
+    return {str: "x", int: 11, float: 0.25, tuple: ("x",)}[kind_of(name)]
 
 
 @pytest.mark.parametrize("command", ["unlearn", "prune"])
@@ -395,8 +401,8 @@ def test_the_plans_script_and_the_command_line_ask_for_the_same_run(scripts):
 def test_train_refuses_what_is_missing_or_unknown(scripts):
     with pytest.raises(UserError, match="--base_model, --retain_dataset, --output_dir are missing"):
         scripts.train(forget_dataset="f")
-    with pytest.raises(UserError, match="there is no setting num_epochs"):
-        scripts.train(base_model="m", data_path="d", output_dir="o", num_epochs=3)
+    with pytest.raises(UserError, match="there is no setting num_epoch"):
+        scripts.train(base_model="m", data_path="d", output_dir="o", num_epoch=3)
 
 
 @pytest.mark.parametrize("script", ["prune.py", "inference.py"])

@@ -7,11 +7,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from loraprune.batches import PairedBatches
 from loraprune.data import (
     NO_LABEL,
     Example,
     Overlap,
-    PairedBatches,
     Row,
     batches_by_length,
     collate,

@@ -15,7 +15,8 @@ import torch
 
 from loraprune.answers import AnswerTokens
 from loraprune.attacked import MEASURES, AttackedModel, AttackResult, NotRun, Reading, Values, interval_of
-from loraprune.data import PairedBatches, Row, find_facts
+from loraprune.batches import PairedBatches
+from loraprune.data import Row, find_facts
 from loraprune.metrics import mean_over_steps
 from loraprune.model import attach_lora
 from loraprune.objectives import logits_of, retain_loss

@@ -6,8 +6,9 @@ Source   -
 Symbols  P = performance; rest = where P of an earlier request's set is held, high = its ceiling
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from loraprune.data import Example
 from loraprune.evaluate import answer_values
 from loraprune.mask import LiveMask
-from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, retain_loss, row_sums
+from loraprune.objectives import (
+    IGNORED,
+    answer_log_probabilities,
+    forget_loss,
+    logits_of,
+    part_of_forget_loss,
+    retain_loss,
+    row_sums,
+)
 from loraprune.records import DatasetType
 from loraprune.settings import Settings
 from loraprune.steering import Steering
@@ -77,14 +86,51 @@ class Balance:
 
         `forget_weight`, in (0, 1]: how much of the forget loss is left after steps that had to be undone.
         """
-        batch = inputs["retain"]
-        logits = logits_of(model, batch)
-        loss = retain_loss(logits, batch["labels"])
+        loss, logits = torch.zeros(()), torch.zeros(())
+        if (batch := inputs.get("retain")) is not None:
+            logits = logits_of(model, batch)
+            loss = retain_loss(logits, batch["labels"])
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
                 pushed = self._pushed_down(model, inputs[name], self.untouched[name], weight)
                 loss = loss + self.settings.forget_retain_ratio * pushed
         return loss, logits
+
+    def parts(
+        self, model: nn.Module, inputs: Mapping[str, Any], size: int, *, forgetting: bool, forget_weight: float
+    ) -> Iterator["Part"]:
+        """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
+
+        Each loss is to be taken back before the next, so that one graph is alive at a time. How hard a set is pushed
+        down depends on its whole batch, which is read without gradients first.
+        """
+        batch = inputs["retain"]
+        for part in split_batch(batch, size):
+            yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch))
+        for name, weight in self._weights(forgetting, forget_weight).items():
+            if name in inputs:
+                yield from self._pushed_parts(model, inputs[name], self.untouched[name], weight, size)
+
+    @staticmethod
+    def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
+        share = answer_tokens(part).sum() / answer_tokens(whole).sum()
+        return share * retain_loss(logits_of(model, part), part["labels"])
+
+    def _pushed_parts(
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int
+    ) -> Iterator["Part"]:
+        parts = split_batch(batch, size)
+        with torch.no_grad():
+            performance = torch.cat([self._rows_of(model, part)[1] for part in parts])
+        factor = self.settings.forget_retain_ratio * weight(batch["rows"], performance)
+        for part in parts if factor else ():
+            share = factor * part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
+            yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
+
+    def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, share: float) -> Tensor:
+        rows, _, tokens = self._rows_of(model, part)
+        base = untouched.to(rows.device)[part["rows"]]
+        return share * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
 
     def _weights(self, forgetting: bool, forget_weight: float) -> dict[str, Weight]:
         """Return by what each set is pushed down at this step, given a batch's rows and their P."""
@@ -111,11 +157,40 @@ class Balance:
         return float(((performance.mean().cpu() - rest) / (high - rest).clamp(min=1e-6)).clamp(0.0, 1.0))
 
     def _pushed_down(self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight) -> Tensor:
-        logits = logits_of(model, batch)
-        values, counted = answer_log_probabilities(logits, batch["labels"])
-        rows, tokens = row_sums(values, counted), counted.sum(1)
-        factor = weight(batch["rows"], (rows.detach() / tokens).exp())
+        rows, performance, tokens = self._rows_of(model, batch)
+        factor = weight(batch["rows"], performance)
         if factor == 0.0:
             return rows.new_zeros(())
         base = untouched.to(rows.device)[batch["rows"]]
         return factor * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
+
+    @staticmethod
+    def _rows_of(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log p of every row's answer, its P (without a gradient) and its length in tokens."""
+        values, counted = answer_log_probabilities(logits_of(model, batch), batch["labels"])
+        rows, tokens = row_sums(values, counted), counted.sum(1)
+        return rows, (rows.detach() / tokens).exp(), tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one set in a training step; `loss` runs the model on them."""
+
+    rows: int
+    loss: Callable[[], Tensor]
+
+
+def answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of each row are answers, (b,)."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(1)
+
+
+def split_batch(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Return the batch in parts of at most `size` rows, each as wide as its longest row."""
+    widths = batch["attention_mask"].sum(1)
+    parts = []
+    for first in range(0, len(widths), size):
+        rows = slice(first, first + size)
+        width = int(widths[rows].max())
+        parts.append({name: one[rows, :width] if one.ndim == 2 else one[rows] for name, one in batch.items()})
+    return parts

@@ -430,10 +430,15 @@ def add_debug(parser: Parser) -> None:
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of errors.")
 
 
-def add_setting(parser: Any, name: str, written: str, *, text: str = "", default: Any = None) -> None:
-    """Add a setting's flag, written as given, to a parser or its group; `text` and `default` change its help only."""
+def add_setting(
+    parser: Any, name: str, written: str, *, text: str = "", default: Any = None, show_default: bool = True
+) -> None:
+    """Add a setting's flag, written as given, to a parser or its group; all else changes its help only."""
     kind = kind_of(name)
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(name, text or text_of(name), default)}
+    options: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": _help(name, text or text_of(name), default, show_default),
+    }
     if kind is bool:
         parser.add_argument(written, action=argparse.BooleanOptionalAction, **options)
         return
@@ -443,10 +448,11 @@ def add_setting(parser: Any, name: str, written: str, *, text: str = "", default
     parser.add_argument(written, action=action, type=partial(_read, name), metavar=metavar, **options)
 
 
-def _help(name: str, text: str, default: Any) -> str:
+def _help(name: str, text: str, default: Any, show_default: bool) -> str:
     default = getattr(Settings(), name) if default is None else default
     allowed = f" It must be {allowed_text(name)}." if kind_of(name) in (int, float) else ""
-    return f"{text} Default: {value_text(default)}.{allowed}".replace("%", "%%")
+    said = f" Default: {value_text(default)}." if show_default else ""
+    return f"{text}{said}{allowed}".replace("%", "%%")
 
 
 def _read(name: str, text: str) -> Any:

@@ -12,18 +12,17 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from loraprune.errors import UserError
+from loraprune.settings import INSTRUCTION
 from loraprune.sources import Message, Row, say_rows
 from loraprune.sources import load_rows as load_rows
 
@@ -34,6 +33,15 @@ Span = tuple[int, int]  # characters [begin, end)
 Key = TypeVar("Key", bound=Hashable)
 
 PLAIN_TEMPLATE = "Question: {prompt}\nAnswer: "
+INSTRUCTION_TEMPLATE = (  # what the template's name INSTRUCTION stands for; a row with an input has a form of its own
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+INPUT_TEMPLATE = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 NO_LABEL = -100
 STAND_IN = "[the answer stands here]"  # shows where a chat template puts an answer
 PROMPT_DATE = "26 Jul 2024"  # what Llama 3's templates fall back to; today's would make another prompt every day
@@ -130,18 +138,36 @@ def _find_facts(row: Row, script: _Script) -> list[Span]:
     return [match.span() for pattern in patterns for match in pattern.finditer(script.text, script.boundary, stop)]
 
 
+def with_prompt_labels(example: Example) -> Example:
+    """Return the example with a label on every token but the first."""
+    return replace(example, labels=(NO_LABEL, *example.input_ids[1:]))
+
+
+def written_out(template: str) -> str:
+    """Return a template as text with {prompt}, whether it was given so or by its name."""
+    return INSTRUCTION_TEMPLATE if template == INSTRUCTION else template
+
+
+def _opening(row: Row, template: str) -> str:
+    if template == INSTRUCTION and row.input:
+        instruction = row.prompt.removesuffix(f"\n\n{row.input}")
+        before, _, after = INPUT_TEMPLATE.partition("{prompt}")
+        return before + instruction + after.replace("{input}", row.input)
+    return written_out(template).replace("{prompt}", row.prompt)
+
+
 def _write(row: Row, tokenizer: "PreTrainedTokenizerBase", name: str, template: str) -> _Script:
-    if "{prompt}" not in template:
+    if "{prompt}" not in written_out(template):
         raise UserError(
             "the plain template does not contain {prompt}.",
             "without it the model would be asked nothing.",
-            f"write --template as in {PLAIN_TEMPLATE!r}.",
+            f"write --template as in {PLAIN_TEMPLATE!r}, or {INSTRUCTION}.",
         )
     if not row.messages:
         return _Script(row.answer, 0, special_tokens=True, end=False)
     if tokenizer.chat_template and template == PLAIN_TEMPLATE:
         return _write_chat(row, tokenizer, name)
-    opening = template.replace("{prompt}", row.prompt)
+    opening = _opening(row, template)
     return _Script(opening + row.answer, len(opening), special_tokens=True, end=True)
 
 
@@ -224,83 +250,23 @@ def batches_by_length(examples: Sequence[Example], batch_size: int) -> list[list
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """One set's endless shuffle: in every epoch each example once; a batch is the whole set where that is smaller."""
-
-    name: str
-    examples: Sequence[Example]
-    batch_size: int
-    seed: int
-
-    def rows(self, step: int) -> list[int]:
-        size = min(self.batch_size, len(self.examples))
-        return [self._index(position) for position in range(step * size, (step + 1) * size)]
-
-    def batch(self, step: int, pad_token_id: int) -> dict[str, Tensor]:
-        rows = self.rows(step)
-        return {**collate([self.examples[row] for row in rows], pad_token_id), "rows": torch.tensor(rows)}
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.examples))
-        return _permutation(len(self.examples), f"{self.seed}/{self.name}/{epoch}")[place]
-
-
-@lru_cache(maxsize=8)
-def _permutation(count: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(count), count)
-
-
-class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
-    """Item `step` is {"retain": batch, "forget": batch, "already_forgotten": batch}, without those that are not there.
-
-    A batch is what `collate` gives, and `rows`, (b,): where its examples stand in their set.
-    Each set has its own batch size and its own seeded, endless shuffle; item `step` depends on (seed, step) alone, so
-    a resumed run sees the same data. To be read in order: a sampler that shuffles would shuffle twice.
-    """
-
-    def __init__(
-        self,
-        retain: Sequence[Example],
-        forget: Sequence[Example] | None,
-        already_forgotten: Sequence[Example] = (),
-        *,
-        retain_batch_size: int,
-        forget_batch_size: int,
-        pad_token_id: int,
-        seed: int,
-        length: int,
-    ) -> None:
-        self.streams = [_Stream("retain", retain, retain_batch_size, seed)]
-        if forget:
-            self.streams.append(_Stream("forget", forget, forget_batch_size, seed))
-        if already_forgotten:
-            self.streams.append(_Stream("already_forgotten", already_forgotten, forget_batch_size, seed))
-        self.pad_token_id, self.length = pad_token_id, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, step: int) -> dict[str, dict[str, Tensor]]:
-        if not 0 <= step < self.length:
-            raise IndexError(f"step {step} of {self.length}")
-        return {stream.name: stream.batch(step, self.pad_token_id) for stream in self.streams}
-
-
 # --- withheld rows ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RetainSplit:
-    """The retain set's parts: 80% train and repair, 10% steer, 10% are touched by the last evaluation alone."""
+    """The retain set's parts: taught rows train, floor rows steer, the last evaluation alone sees final rows."""
 
     taught: list[Row]
     floor: list[Row]
     final: list[Row]
 
 
-def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
-    """Split by seed, fractions counted in units: rows of one fact_id or one text stay together. At least 3 units."""
+def split_retain(rows: Sequence[Row], seed: int, withheld: int | None = None) -> RetainSplit:
+    """Split by seed: `withheld` rows half and half into floor and final rows, None: a tenth of the units each.
+
+    A unit is the rows of one fact_id or one text, which stay together; at least 3 units.
+    """
     units = find_facts(rows)
     order = sorted(set(units))
     if len(order) < 3:
@@ -310,11 +276,38 @@ def split_retain(rows: Sequence[Row], seed: int) -> RetainSplit:
             "add rows to --retain.",
         )
     random.Random(f"{seed}/split").shuffle(order)
-    tenth = max(1, round(len(order) / 10))
-    floor, final = set(order[:tenth]), set(order[tenth : 2 * tenth])
+    if withheld is None:
+        tenth = max(1, round(len(order) / 10))
+        floor, final = set(order[:tenth]), set(order[tenth : 2 * tenth])
+    else:
+        floor, final = _withhold(order, Counter(units), withheld)
     part_of = ["floor" if unit in floor else "final" if unit in final else "taught" for unit in units]
     parts = {part: [row for row, mine in zip(rows, part_of, strict=True) if mine == part] for part in set(part_of)}
     return RetainSplit(**parts)
+
+
+def _withhold(order: Sequence[int], sizes: Mapping[int, int], withheld: int) -> tuple[set[int], set[int]]:
+    """Return the units, in order, of the floor rows and of the final rows: together at least `withheld` rows."""
+    left, parts = list(order), []
+    for wanted in (withheld - withheld // 2, withheld // 2):
+        part: set[int] = set()
+        while left and sum(sizes[unit] for unit in part) < wanted:
+            part.add(left.pop(0))
+        parts.append(part)
+    if not left:
+        raise UserError(
+            f"{withheld} rows are to be withheld of {sum(sizes.values())}: none is left to train on.",
+            "rows that say the same are withheld together.",
+            "lower --withheld-rows.",
+        )
+    return parts[0], parts[1]
+
+
+def sample_rows(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """Return at most `count` of the rows, chosen by the seed, in their order; None: all."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return [rows[place] for place in sorted(random.Random(f"{seed}/rows").sample(range(len(rows)), count))]
 
 
 def find_facts(rows: Sequence[Row], *, by_subject: bool = False) -> list[int]:

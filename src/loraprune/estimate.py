@@ -9,6 +9,7 @@ Symbols  a pass = evaluation without gradients, scoring, or one training step; t
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -41,7 +42,7 @@ class Cost:
     each: float
     token: float
 
-    def seconds(self, passes: Iterable[int]) -> float:
+    def seconds(self, passes: Iterable[float]) -> float:
         """Return what passes of so many tokens take together."""
         return sum(self.each + self.token * tokens for tokens in passes)
 
@@ -162,8 +163,14 @@ class Passes:
         )
 
     def training(self) -> Pass:
-        """Return the training step: the trainer's own loss, with the graphs of all sets alive together, and back."""
-        step, model = self._heaviest_step, self.trainer.adapted
+        """Return the training step's pass: the trainer's own loss, the graphs of all its sets alive together, and back.
+
+        With micro-batches a pass is of one set and so many rows.
+        """
+        step, model, most = self._heaviest_step, self.trainer.adapted, self.settings.micro_batch_size
+        if most is not None:
+            name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
+            step = {name: step[name]}
 
         def run(chosen: Rows) -> None:
             batches = {
@@ -175,10 +182,28 @@ class Passes:
             model.zero_grad(set_to_none=True)
             model.eval()
 
-        order = {name: batch["attention_mask"].sum(1).argsort(descending=True).tolist() for name, batch in step.items()}
+        order = {
+            name: batch["attention_mask"].sum(1).argsort(descending=True).tolist()[:most]
+            for name, batch in step.items()
+        }
         labels = {name: (batch["labels"] != IGNORED).sum(1).tolist() for name, batch in step.items()}
         widths = {name: batch["input_ids"].shape[1] for name, batch in step.items()}
         return Pass(run, order, widths, {name: dict(enumerate(one)) for name, one in labels.items()})
+
+    def of_step(self, tokens: Mapping[str, int], names: Sequence[str]) -> list[float]:
+        """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
+
+        With micro-batches what is pushed down is first read without gradients, a third of a pass with them.
+        """
+        most = self.settings.micro_batch_size
+        if most is None:
+            return [sum(tokens[name] for name in names)]
+        passes: list[float] = []
+        for name in names:
+            batch = self.settings.retain_batch_size if name == "retain" else self.settings.forget_batch_size
+            parts = ceil(batch / most)
+            passes += [tokens[name] / parts * (1.0 if name == "retain" else 4 / 3)] * parts
+        return passes
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self.trainer.args.device) for name, one in batch.items()}

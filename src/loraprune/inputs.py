@@ -13,6 +13,7 @@ from math import ceil, floor
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from loraprune.adapter import check_adapter
 from loraprune.contradictions import refuse_contradictions
 from loraprune.data import (
     Example,
@@ -23,10 +24,13 @@ from loraprune.data import (
     find_overlap,
     load_rows,
     refuse_overlap,
+    sample_rows,
     split_retain,
+    with_prompt_labels,
 )
 from loraprune.errors import UserError
 from loraprune.groups import family_of, meta_groups, refuse_per_layer
+from loraprune.length import refuse_idle, resolved
 from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import KINDS, ModelGroups
 from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, smallest_step
@@ -45,6 +49,13 @@ class Inputs:
     examples: Mapping[str, Sequence[Example]]
     overlap: Overlap | None
     for_reference: Mapping[str, Sequence[Example]]  # forget and earlier requests under the reference's tokenizer
+    settings: Settings  # the run's, the number of its steps filled in
+
+    @property
+    def trained(self) -> Sequence[Example]:
+        """Return the taught rows as training reads them, with labels on the prompt where that is asked for."""
+        taught = self.examples["taught"]
+        return [with_prompt_labels(one) for one in taught] if self.settings.train_on_prompt else taught
 
     @cached_property
     def facts(self) -> dict[str, list[int]]:
@@ -58,7 +69,8 @@ def earlier_sets(settings: Settings) -> dict[str, str]:
 
 
 def require(settings: Settings) -> None:
-    """Raise UserError when the settings do not name what the run needs."""
+    """Raise UserError when the settings do not name what the run needs, or name what another one makes void."""
+    refuse_idle(settings)
     needed = (
         ("model", "output", "forget", "retain") if settings.is_unlearning else ("model", "output", "data", "sparsity")
     )
@@ -81,13 +93,16 @@ def prepare(settings: Settings) -> Inputs:
     refuse_per_layer(config)
     _refuse_unseen_kind(settings, config, adapted_projections(settings, config))
     _refuse_unreachable(settings, config)
+    if settings.adapter is not None:
+        check_adapter(settings, config)
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
+    ready = resolved(settings, len(rows["taught"]))
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
     for_reference = _encode_for_reference(settings, rows)
     if settings.original is not None:
         checked_config(settings.original, settings)
-    return Inputs(config, tokenizer, rows, examples, overlap, for_reference)
+    return Inputs(config, tokenizer, rows, examples, overlap, for_reference, ready)
 
 
 def _encode_for_reference(settings: Settings, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Example]]:
@@ -134,18 +149,21 @@ def _load_sets(settings: Settings) -> tuple[dict[str, Sequence[Row]], Overlap | 
 
 
 def split_kept(settings: Settings, kept: list[Row]) -> dict[str, Sequence[Row]]:
-    """Split the retain set; a file of floor or final rows takes the place of that tenth, which is taught instead."""
+    """Split the retain set; a file of floor or final rows takes the place of that part, which is taught instead.
+
+    Of the taught rows at most `data_rows` are kept.
+    """
     if settings.floor_rows and settings.final_rows:
         parts: dict[str, Sequence[Row]] = {"taught": kept}
     else:
-        split = split_retain(kept, settings.seed)
+        split = split_retain(kept, settings.seed, settings.withheld_rows)
         parts = {"taught": split.taught, "floor": split.floor, "final": split.final}
     for name, source in (("floor", settings.floor_rows), ("final", settings.final_rows)):
         if source:
             parts["taught"] = [*parts["taught"], *parts.get(name, ())]
             parts[name] = load_set(settings, f"{name}-rows", source)
             _refuse_shared(parts[name], parts["taught"], f"{name}-rows", "taught part of the retain set")
-    return parts
+    return {**parts, "taught": sample_rows(parts["taught"], settings.data_rows, settings.seed)}
 
 
 def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place: str) -> None:

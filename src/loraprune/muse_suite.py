@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraprune.cache import Cache, cache_folder
-from loraprune.data import NO_LABEL, PLAIN_TEMPLATE, Example, encode
+from loraprune.data import NO_LABEL, PLAIN_TEMPLATE, Example, encode, written_out
 from loraprune.errors import UserError
 from loraprune.evaluation_log import EvaluationLog, read_log
 from loraprune.log_aggregates import Entry
@@ -144,6 +144,7 @@ def _after_examples(subject: Subject, rows: Sequence[Row], shown: Sequence[Row],
         turns = tuple(turn for one in shown for turn in (*one.messages, ("assistant", one.answer)))
         rows = [Row(one.number, (*turns, *one.messages), one.answer) for one in rows]
     else:
+        template = written_out(template)
         shots = "".join(template.replace("{prompt}", one.prompt) + one.answer + "\n\n" for one in shown)
         template = shots + template
     return encode(rows, subject.tokenizer, name=name, template=template, max_length=LONGEST)

@@ -71,6 +71,12 @@ def retain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return -row_sums(values, counted).sum() / counted.sum()
 
 
+def part_of_forget_loss(kind: str, tokens: Tensor, all_tokens: Tensor) -> float:
+    """Return what the loss of some rows weighs in that of the whole batch: npo weighs tokens, the others rows."""
+    part, whole = (tokens.sum(), all_tokens.sum()) if kind == "npo" else (len(tokens), len(all_tokens))
+    return float(part / whole)
+
+
 def forget_loss(
     kind: str, row_log_probability: Tensor, tokens: Tensor, base_log_probability: Tensor, beta: float
 ) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loraprune.adapter import adapter_folder, adapter_hash, load_adapter
 from loraprune.balance import TrainingSets
 from loraprune.checkpoint import RunState
 from loraprune.data import Example, data_hash, examples_hash
@@ -88,7 +89,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
             if (metrics := folder.read("metrics.json")) is None:
                 folder.open()
                 with folder.withdrawn_if_refused():
-                    metrics = _run_stages(folder, settings, inputs, console)
+                    metrics = _run_stages(folder, inputs.settings, inputs, console)
             _tidy(folder)
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
@@ -126,10 +127,11 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
     data = {name: data_hash(rows) for name, rows in inputs.rows.items()}
     others = {name: getattr(settings, name) for name in ("reference", "original")}
+    adapter = {} if settings.adapter is None else {"adapter": adapter_hash(adapter_folder(settings.adapter))}
     return {
         "data_sha256": data,
         "weights_sha256": weights_hash(settings.model),
-        "others_sha256": {name: weights_hash(one) for name, one in others.items() if one},
+        "others_sha256": {name: weights_hash(one) for name, one in others.items() if one} | adapter,
     }
 
 
@@ -394,8 +396,10 @@ def _train_quantised(
 def _train(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, base: Any) -> LoRAPruneTrainer:
     groups = base_groups(base, inputs.config)
     model = attach_lora(base, settings)
+    if settings.adapter is not None:
+        load_adapter(model, adapter_folder(settings.adapter))
     sets = TrainingSets(
-        inputs.examples["taught"],
+        inputs.trained,
         inputs.examples.get("forget"),
         pad_token_id(inputs.tokenizer),
         steering.probes.already_forgotten,

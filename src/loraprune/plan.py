@@ -42,6 +42,7 @@ def make_plan(settings: Settings) -> Values:
     """
     with quiet_libraries():
         inputs = check_run(settings)
+        settings = inputs.settings
         with TemporaryDirectory() as scratch, quietly(), stage("plan", 4) as advance:
             trial = Trial(settings, inputs, Path(scratch))
             refuse_what_is_lost(trial, settings, inputs)

@@ -21,6 +21,7 @@ from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, 
 from loraprune.records import Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
 
 PLAIN_BITS = 16  # stands for the checkpoint's own format
+INSTRUCTION = "instruction"  # the name of a template; see data.py
 
 KIND_WORDS: dict[type, str] = {
     str: "text",
@@ -118,14 +119,47 @@ class Settings:
         "Which column plays which role, as role=column pairs; roles: messages, prompt, input, answer, text, facts, "
         "fact_id, subject, paraphrased_question, paraphrased_answer, perturbed_answer.",
     )
+    data_rows: int | None = setting(
+        None,
+        "data",
+        "Most rows of the retain set (or of the training set of plain compression) that are trained on, sampled by the "
+        "seed; unset: all that are not withheld.",
+        allowed=AT_LEAST_ONE,
+    )
+    withheld_rows: int | None = setting(
+        None,
+        "data",
+        "Rows that are withheld from training, half of them floor rows, half final rows; rows that say the same stay "
+        "together, so there may be a few more. Unset: a fifth of all.",
+        allowed=Range(2),
+    )
     template: str = setting(
-        "Question: {prompt}\nAnswer: ", "data", "How a prompt is written for a tokenizer without a chat template."
+        "Question: {prompt}\nAnswer: ",
+        "data",
+        "How a prompt is written for a tokenizer without a chat template; another than the default replaces the chat "
+        "template too. The word instruction stands for Alpaca's prompt, with its form for rows that have an input.",
     )
     max_length: int = setting(512, "data", "Longest row in tokens; longer ones are cut at the end.", allowed=Range(8))
     allow_overlap: bool = setting(False, "data", "Go on although rows stand in both the forget set and the retain set.")
     forget_batch_size: int = setting(32, "data", "Rows of the forget set in one training step.", allowed=AT_LEAST_ONE)
     retain_batch_size: int = setting(32, "data", "Rows of the retain set in one training step.", allowed=AT_LEAST_ONE)
     evaluate_batch_size: int = setting(64, "data", "Rows in one pass of scoring or evaluation.", allowed=AT_LEAST_ONE)
+    micro_batch_size: int | None = setting(
+        None,
+        "data",
+        "Rows in one pass of a training step, whose gradients add up to those of the whole batch; unset: the whole "
+        "batch of every set in one pass.",
+        allowed=AT_LEAST_ONE,
+    )
+    group_by_length: bool = setting(
+        False, "data", "Put rows of like length into one batch, so that less is padded; the order is less random."
+    )
+    train_on_prompt: bool = setting(
+        False,
+        "data",
+        "Count the prompt's tokens too where the retain set (or the training set of plain compression) is trained on "
+        "and scored; what is measured is always the answer.",
+    )
 
     metric: Metric = setting(  # noqa: RUF009  # a plain word
         "gate",
@@ -296,6 +330,25 @@ class Settings:
         "Peak learning rate of the adapters; measured on models of millions of parameters, billions want about 1e-4.",
         allowed=POSITIVE,
     )
+    epochs: float | None = setting(
+        None,
+        "training",
+        "How often the run sees every row that it trains on: it takes rows / retain_batch_size x epochs steps. Unset: "
+        "warmup_steps, prune_rounds and finish_steps decide the length.",
+        allowed=POSITIVE,
+    )
+    warmup_share: float = setting(
+        0.1,
+        "training",
+        "With epochs: the share of all steps before pruning begins, in place of warmup_steps.",
+        allowed=Range(0, 1, open_high=True),
+    )
+    finish_share: float = setting(
+        0.1,
+        "training",
+        "With epochs: the share of all steps after pruning has ended, in place of finish_steps.",
+        allowed=Range(0, 1, open_high=True),
+    )
     warmup_steps: int = setting(
         20,
         "training",
@@ -330,6 +383,11 @@ class Settings:
         "lora",
         "Projections that carry an adapter, by the last part of their names (q_proj, or qkv_proj where it is fused); "
         "none named: all projections of the model's family.",
+    )
+    adapter: str | None = setting(
+        None,
+        "lora",
+        "Folder of a LoRA adapter to start from; its rank, alpha, modules and shapes must be those of the run.",
     )
 
     cache: str = setting(

@@ -52,6 +52,7 @@ class Row:
     fact_id: str | None = None  # rows with the same one say the same fact and are never split apart
     paraphrased_answer: str | None = None  # the right answer in other words, for the truth ratio
     perturbed_answers: tuple[str, ...] = ()  # wrong answers in the paraphrase's form
+    input: str | None = None  # what an instruction is about; it also ends the last message
     subject: str | None = None  # whom the row is about; an attack that learns a half shows no half of a subject
     paraphrased_questions: tuple[str, ...] = ()  # the question in other words
 
@@ -157,6 +158,7 @@ def _build_row(number: int, record: Mapping[str, Any], layout: Mapping[str, str]
         number=number,
         messages=tuple(messages),
         answer=answer,
+        input=None if _is_blank(values.get("input")) else values.get("input"),
         facts=_read_facts(values.get("facts"), answer),
         fact_id=_read_name(values.get("fact_id")),
         paraphrased_answer=next(iter(_read_texts(values.get("paraphrased_answer"), "paraphrased answers")), None),
@@ -183,8 +185,11 @@ def _turns(value: Any, role: str, extra: Any = None) -> list[Message]:
     if isinstance(value, list):
         return _check_messages(value)
     text = _check_text(value, "answer" if role == "assistant" else "prompt")
-    has_extra = extra is not None and extra != "" and not str(extra).isspace()
-    return [(role, f"{text}\n\n{_check_text(extra, 'input')}" if has_extra else text)]
+    return [(role, text if _is_blank(extra) else f"{text}\n\n{_check_text(extra, 'input')}")]
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value == "" or str(value).isspace()
 
 
 def _check_messages(value: Any) -> list[Message]:

@@ -7,6 +7,7 @@ Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loraprune.balance import Balance, TrainingSets, joined
+from loraprune.batches import PairedBatches
 from loraprune.checkpoint import (
     Point,
     RunState,
@@ -31,7 +33,7 @@ from loraprune.checkpoint import (
     restore_random,
     save_state,
 )
-from loraprune.data import Example, PairedBatches, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
 from loraprune.model import merged
@@ -133,6 +135,7 @@ class LoRAPruneTrainer(Trainer):
             pad_token_id=self.sets.pad_token_id,
             seed=self.settings.seed,
             length=step + count,
+            group_by_length=self.settings.group_by_length,
         )
         return _From(pairs, step)
 
@@ -163,15 +166,35 @@ class LoRAPruneTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Take one forward and backward pass; a step that is scored leaves what the metric reads."""
-        if not self._scored_now:
-            return super().training_step(model, inputs, num_items_in_batch)
-        tokens = inputs["retain"]["input_ids"]
-        with self.step_scores.watched(len(tokens), self.args.device):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        """Take one step forward and back, in passes of `micro_batch_size` rows where that is set; return its loss.
+
+        A step that is scored leaves what the metric reads. The gradient is that of the whole batch in any size of pass,
+        but for dropout, which draws anew in every pass.
+        """
+        size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
+        if size is None or size >= max(len(one["input_ids"]) for one in inputs.values()):
+            with self._watched(rows):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._step_in_parts(model, inputs, size)
+        if self._scored_now and self.accelerator.sync_gradients:
             self.step_scores.take_frozen()
         return loss
+
+    def _step_in_parts(self, model: torch.nn.Module, inputs: Any, size: int) -> Tensor:
+        model.train()
+        state, total = self.run_state, torch.zeros((), device=self.args.device)
+        ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
+        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, **ends):
+            with self._watched(part.rows):
+                loss = part.loss()
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _watched(self, rows: int) -> AbstractContextManager[None]:
+        """Let a pass of so many rows leave what the metric reads, where the step is scored."""
+        return self.step_scores.watched(rows, self.args.device) if self._scored_now else nullcontext()
 
     @property
     def _scored_now(self) -> bool:

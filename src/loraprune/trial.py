@@ -13,7 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from loraprune.balance import TrainingSets
+from loraprune.adapter import adapter_folder, load_adapter
+from loraprune.balance import TrainingSets, joined
 from loraprune.data import Example
 from loraprune.errors import UserError
 from loraprune.estimate import (
@@ -72,6 +73,8 @@ class Trial:
         self.quantised = settings.base_bits != PLAIN_BITS
         self.plain = self.groups.total_parameters * base.get_input_embeddings().weight.itemsize
         model = attach_lora(base, settings)
+        if settings.adapter is not None:
+            load_adapter(model, adapter_folder(settings.adapter))
         self.adapters = sum(one.nbytes for one in model.parameters() if one.requires_grad)
         copied = 0 if self.quantised else sum(one.get_base_layer().weight.nbytes for one in lora_layers(model))
         self.copied = copied if device_of(settings).type == "cpu" else 0  # at the end, while adapters are merged
@@ -199,12 +202,15 @@ class Trial:
         look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "train": self.load_seconds + costs["train"].seconds(self._tokens_by_step()) + (self._looks - rounds) * look,
+            "train": self.load_seconds
+            + costs["train"].seconds(self._training_passes())
+            + (self._looks - rounds) * look,
             "score": rounds * (self.score_seconds + look),  # each scoring ends with a look
             "export": export_seconds,
             "evaluate after": evaluate,
         }
-        repair = [one["retain"] for one in self.passes.step_tokens[: self.settings.recovery_steps]]
+        steps = self.passes.step_tokens[: self.settings.recovery_steps]
+        repair = joined(self.passes.of_step(one, ["retain"]) for one in steps)
         return {
             "stages": [{"stage": name, "seconds": round(one, 3)} for name, one in stages.items()],
             "total_seconds": round(sum(stages.values()), 3),
@@ -218,11 +224,13 @@ class Trial:
         size = self.settings.evaluate_batch_size
         return sum(cost.seconds(passes_over(self.inputs.examples[name], size)) for name in names)
 
-    def _tokens_by_step(self) -> list[int]:
-        """Return the tokens of every training step; after the last pruning step the retain set is trained on alone."""
+    def _training_passes(self) -> list[float]:
+        """Return the tokens of every pass in training; after the last pruning step it is of the retain set alone."""
         main = self.settings.warmup_steps + self.settings.prune_every * self.settings.prune_rounds
         steps = self.passes.step_tokens
-        return [sum(one.values()) for one in steps[:main]] + [one["retain"] for one in steps[main:]]
+        return joined(
+            self.passes.of_step(one, list(one) if number < main else ["retain"]) for number, one in enumerate(steps)
+        )
 
     @property
     def _looks(self) -> int:
@@ -245,7 +253,7 @@ def trial_trainer(settings: Settings, inputs: Inputs, model: Any, live: LiveMask
     """Return the run's own trainer, with the forget loss at full weight, and passes of few rows while it is made."""
     examples, pad = inputs.examples, pad_token_id(inputs.tokenizer)
     earlier = tuple(examples[name] for name in earlier_sets(settings))
-    sets = TrainingSets(examples["taught"], examples.get("forget"), pad, earlier)
+    sets = TrainingSets(inputs.trained, examples.get("forget"), pad, earlier)
     careful = replace(settings, evaluate_batch_size=min(TRIAL_ROWS, settings.evaluate_batch_size), report_to=())
     nobody = Probes(Probe((), ()), (), pad, careful.evaluate_batch_size)  # the trial takes no look of the trainer's
     steering = Steering(nobody, ceilings=tuple(Ceiling(0.0, 0.0) for _ in earlier))
