@@ -119,14 +119,14 @@ def test_scoring_leaves_no_gradient_and_what_is_trained_as_it_was(metric):
     assert all(one.grad is None for one in model.parameters())
 
 
-@pytest.mark.parametrize("metric", ["grad", "activation"])
-def test_one_batch_of_four_scores_as_four_batches_of_one(metric):
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("metric", ["grad", "activation", "gate", "lora"])
+def test_one_batch_of_four_scores_as_four_batches_of_one(metric, unit_norm):
     model, _, live = masked(GQA())
     batch = make_batch()
-    whole = score_model(model, live, [batch], "retain", prune_metric=metric, loss="nll")
-    single = score_model(
-        model, live, [rows_of(batch, [row]) for row in range(4)], "retain", prune_metric=metric, loss="nll"
-    )
+    how = {"prune_metric": metric, "loss": "nll", "unit_norm": unit_norm}
+    whole = score_model(model, live, [batch], "retain", **how)
+    single = score_model(model, live, [rows_of(batch, [row]) for row in range(4)], "retain", **how)
     for kind in KINDS:
         assert torch.allclose(whole.values[kind], single.values[kind], rtol=1e-4)
 

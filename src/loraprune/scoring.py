@@ -146,19 +146,24 @@ def _score_gates(
             rows += len(batch["input_ids"])
             with live.gates(len(batch["input_ids"]), batch["input_ids"].device) as gates:
                 _row_losses(model, batch, loss).sum().backward()
-            add_gates(scores, model, live, gates, dataset_type, how)
-    return scores, rows
+            add_gates(scores, model, live, gates, dataset_type, how["power"])
+    return unit_norms(scores) if how["unit_norm"] else scores, rows
 
 
 def add_gates(
-    scores: Scores, model: PeftModel, live: LiveMask, gates: Mapping[Any, Tensor], dataset_type: DatasetType, how: Any
+    scores: Scores, model: PeftModel, live: LiveMask, gates: Mapping[Any, Tensor], dataset_type: DatasetType, power: int
 ) -> None:
     """Add what a backward pass left on the gates of one batch."""
 
-    def read(consumer: ProjectionGroups, key: Any) -> dict[str, Tensor | None]:
+    def read(key: Any) -> dict[str, Tensor | None]:
         return {"gate_gradient": gates[key].grad}
 
-    _add_consumers(scores, model, live, dataset_type, "gate", read, how)
+    _add_consumers(scores, model, live, dataset_type, "gate", read, {"power": power})
+
+
+def unit_norms(scores: Scores) -> Scores:
+    """Return sums over all batches by their L2 norm in each layer; norms of single batches would depend on size."""
+    return {kind: one / (one.norm(dim=1, keepdim=True) + 1e-6) for kind, one in scores.items()}
 
 
 def _score_activations(
@@ -171,9 +176,7 @@ def _score_activations(
             for key, one in _input_sizes(model, live, batch).items():
                 sizes[key] = sizes.get(key, 0.0) + one
     scores = empty_scores(live)
-    _add_consumers(
-        scores, model, live, dataset_type, "activation", lambda _, key: {"activation": sizes[key] / rows}, how
-    )
+    _add_consumers(scores, model, live, dataset_type, "activation", lambda key: {"activation": sizes[key] / rows}, how)
     return {kind: one * rows for kind, one in scores.items()}, rows  # a mean already, unlike the other metrics' sums
 
 
@@ -183,7 +186,7 @@ def _add_consumers(
     live: LiveMask,
     dataset_type: DatasetType,
     prune_metric: Metric,
-    read: Callable[[ProjectionGroups, Any], Mapping[str, Any]],
+    read: Callable[[Any], Mapping[str, Any]],
     how: Any,
 ) -> None:
     base = model.get_base_model()
@@ -196,7 +199,7 @@ def _add_consumers(
                 dataset_type,
                 prune_metric,
                 groups=consumer,
-                **read(consumer, (kind, one.layer)),
+                **read((kind, one.layer)),
                 **how,
             ).cpu()
 

@@ -15,7 +15,16 @@ from peft import PeftModel
 
 from loraprune.mask import LiveMask
 from loraprune.records import Sensitivity
-from loraprune.scoring import Scores, add_gates, base_of, empty_scores, projections, random_scores, read_weights
+from loraprune.scoring import (
+    Scores,
+    add_gates,
+    empty_scores,
+    projections,
+    random_scores,
+    read_weights,
+    unit_norms,
+)
+from loraprune.sensitivity import base_of
 from loraprune.settings import Settings
 
 OF_TRAINING = ("lora", "gate", "grad", "magnitude", "random")  # metric activation has no gradient to read
@@ -42,7 +51,7 @@ class StepScores:
             with self.live.gates(rows, device) as gates:
                 yield
             self.gathered = self.gathered or empty_scores(self.live)
-            add_gates(self.gathered, self.model, self.live, gates, "retain", self.how)
+            add_gates(self.gathered, self.model, self.live, gates, "retain", self.settings.score_power)
         elif self.settings.metric == "grad":
             for weight in self.weights:
                 weight.requires_grad_(True)
@@ -67,5 +76,7 @@ class StepScores:
         elif values is None:
             how: dict[str, Any] = {**self.how, "third_term": settings.third_term}
             values = read_weights(self.model, self.live, "retain", settings.metric, **how)
+        elif settings.metric == "gate" and settings.score_norm == "module":
+            values = unit_norms(values)
         self.gathered = None
         return Sensitivity(values)
