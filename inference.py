@@ -92,7 +92,7 @@ def evaluate_sets(original_model: str, values: Mapping[str, Any]) -> int:
     after = measured(values)
     show("the model", after)
     if original_model:
-        before = measured({**values, "base_model": original_model})
+        before = measured({**values, "base_model": "", "model": original_model})
         show("the original model", before)
         print("\n".join(changes(performances(before), performances(after))))
     return GOAL_MET

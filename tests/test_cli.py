@@ -262,7 +262,7 @@ def other_value(name):
     if kind_of(name) is bool:
         return not default
     if words := allowed_words(name):
-        return next(word for word in words if word != default)
+        return next(value for value in map(kind_of(name), words) if value != default)
     return {str: "x", int: 11, float: 0.25, tuple: ("x",)}[kind_of(name)]
 
 

@@ -207,7 +207,7 @@ def test_a_released_run_leaves_what_its_schedule_ends_at_and_keeps_the_last_laye
     layers = kept_by_layer(report)
     assert layers == {"kv_group": [4 - int(4 * ended), 4], "ffn_channel": [24 - int(24 * ended), 24]}
     assert report.metrics["outcome"] == "budget_spent" and report.goal_met
-    assert "form" not in report.metrics or report.metrics["form"] == "per_layer"
+    assert report.metrics["model"]["form"] == "per_layer"
 
 
 @pytest.mark.parametrize("metric", ["lora", "gate", "grad", "magnitude", "random"])
@@ -232,7 +232,12 @@ def test_every_metric_prunes_a_model_by_passes_of_its_own(run_folder, metric):
     [
         ({"frozen_layers": ("0",)}, "widths is uniform"),
         ({"budget": "global", "attention_ratio": 0.5}, "one ranking over all groups"),
-        ({"sparsity_of": "groups", "min_retain_performance": 0.5}, "a floor is set"),
+        ({"sparsity_of": "groups", "budget": "kind"}, "a share of every layer's groups"),
+        ({"score_from": "training", "score_every": 11}, "nothing would ever be scored"),
+        ({"preset": "released", "prune_rounds": 1}, "never prunes"),
+        ({"preset": "released", "sparsity": 0.99}, "of a layer's groups cannot be had"),
+        ({"attention_ratio": 0.0, "sparsity": 0.3}, "cannot be reached"),
+        ({"sparsity_of": "groups", "budget": "layer", "min_retain_performance": 0.5}, "a floor is set"),
         ({"score_from": "training", "metric": "activation"}, "reads no gradient"),
         ({"metric": "grad", "base_bits": 4}, "rounded weights have no gradient"),
         ({"initial_sparsity": 0.4}, "initial_sparsity is 0.4, and the goal is 0.3"),
@@ -243,7 +248,17 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_load
         run(Settings(**compression_values(run_folder, "never", **{"sparsity": 0.3, **changes})))
 
 
-@pytest.mark.parametrize("changes", [{"score_from": "training"}, {"metric": "magnitude"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score_from": "training"},
+        {"metric": "magnitude"},
+        {"score_norm": "none"},
+        {"budget": "global"},
+        {"attention_ratio": 0.0},
+        {"preset": "released", "min_retain_performance": 0.0},
+    ],
+)
 def test_what_cannot_tell_forget_from_retain_is_refused_for_unlearning(run_folder, changes):
     with pytest.raises(UserError, match="there is a forget set"):
         run(Settings(**run_values(run_folder, "never", **changes)))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import FAMILY_CONFIGS, make_batch, make_mask, masked, rows_of
 
-from loraprune.records import KINDS
+from loraprune.records import KINDS, OF_TRAINING
 from loraprune.scoring import empty_scores, score_model
 from loraprune.sensitivity import base_of
 from loraprune.settings import Settings
-from loraprune.step_scores import OF_TRAINING, StepScores
+from loraprune.step_scores import StepScores
 
 GQA = FAMILY_CONFIGS["llama_gqa"]
 

@@ -51,7 +51,8 @@ UNLEARNING_ONLY = (
     *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "show_examples"),
 )
 COMPRESSION_ONLY = (
-    *("data", "preset", "score_from", "score_every", "budget", "attention_ratio", "sparsity_of", "schedule"),
+    *("data", "preset", "score_from", "score_every", "score_norm"),
+    *("budget", "attention_ratio", "sparsity_of", "schedule"),
 )
 EVALUATION_ONLY = ("cache", "compat", "rouge_rows", "gradient_norm")
 EVALUATION = (

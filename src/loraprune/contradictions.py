@@ -7,12 +7,19 @@ Symbols  -
 """
 
 from loraprune.errors import UserError
+from loraprune.records import OF_TRAINING
+from loraprune.schedule import last_sparsity
 from loraprune.settings import PLAIN_BITS, Settings
+
+
+def _by_preset(settings: Settings) -> str:
+    return "" if settings.preset == "default" else f" by preset {settings.preset}"
 
 
 def refuse_contradictions(settings: Settings) -> None:
     """Raise UserError for the first two settings that cannot both be had."""
     one = settings
+    steps = one.warmup_steps + one.prune_every * one.prune_rounds
     floors = one.min_retain_performance > 0 or one.guard is not None
     for broken, what, why, fix in (
         (
@@ -22,10 +29,28 @@ def refuse_contradictions(settings: Settings) -> None:
             "set --widths per_layer.",
         ),
         (
-            one.budget == "global" and (one.attention_ratio != 1.0 or one.sparsity_of == "groups"),
-            "budget is global, and attention_ratio or sparsity_of gives each kind a share of its own.",
+            one.is_unlearning and (one.budget, one.attention_ratio, one.sparsity_of) != ("kind", 1.0, "parameters"),
+            f"budget, attention_ratio or sparsity_of is set{_by_preset(one)}, and there is a forget set.",
+            "unlearning takes groups by their share, wherever they are.",
+            "leave these settings and --preset out.",
+        ),
+        (
+            one.is_unlearning and one.score_norm != "mean",
+            f"score_norm is {one.score_norm}{_by_preset(one)}, and there is a forget set.",
+            "shares and minimum_forget_sensitivity compare groups with the mean of their kind, which must be 1.",
+            "leave --score-norm and --preset out.",
+        ),
+        (
+            one.budget == "global" and one.attention_ratio != 1.0,
+            "budget is global, and attention_ratio gives each kind a share of its own.",
             "one ranking over all groups knows no shares.",
-            "set --budget kind or layer, or leave the other two out.",
+            "set --budget kind or layer, or leave --attention-ratio out.",
+        ),
+        (
+            one.sparsity_of == "groups" and one.budget != "layer",
+            f"sparsity_of is groups, and budget is {one.budget}.",
+            "a share of every layer's groups is taken from every layer alike.",
+            "set --budget layer.",
         ),
         (
             one.attention_ratio == 0.0 and one.sparsity_of == "groups",
@@ -46,10 +71,16 @@ def refuse_contradictions(settings: Settings) -> None:
             "set --score-from passes.",
         ),
         (
-            one.score_from == "training" and one.metric == "activation",
-            "score_from is training, and metric activation reads no gradient.",
+            one.score_from == "training" and one.metric not in OF_TRAINING,
+            f"score_from is training, and metric {one.metric} reads no gradient.",
             "there is nothing of it in a training step.",
             "set --score-from passes.",
+        ),
+        (
+            one.score_from == "training" and one.score_every > steps,
+            f"score_every is {one.score_every}, and pruning ends after {steps} training steps.",
+            "nothing would ever be scored.",
+            "lower --score-every.",
         ),
         (
             one.metric == "grad" and one.base_bits != PLAIN_BITS,
@@ -68,6 +99,12 @@ def refuse_contradictions(settings: Settings) -> None:
             f"initial_sparsity is {one.initial_sparsity:g}, and the goal is {one.sparsity or one.max_sparsity:g}.",
             "the schedule rises from the one to the other.",
             "lower --initial-sparsity.",
+        ),
+        (
+            last_sparsity(one) <= one.initial_sparsity,
+            f"the schedule {one.schedule} with {one.prune_rounds} pruning rounds never prunes.",
+            "as in the released code, nothing goes once the goal itself is planned.",
+            "raise --prune-rounds or --epochs, or set --schedule cubic.",
         ),
     ):
         if broken:

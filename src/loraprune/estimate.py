@@ -169,7 +169,8 @@ class Passes:
         """
         step, model, most = self._heaviest_step, self.trainer.adapted, self.settings.micro_batch_size
         if most is not None:
-            name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
+            taken_back = step if self.settings.forget_loss != "none" else {"retain"}
+            name = max(taken_back, key=lambda one: step[one]["input_ids"][:most].numel())
             step = {name: step[name]}
 
         def run(chosen: Rows) -> None:

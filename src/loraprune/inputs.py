@@ -32,8 +32,8 @@ from loraprune.errors import UserError
 from loraprune.groups import family_of, meta_groups, refuse_per_layer
 from loraprune.length import refuse_idle, resolved
 from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
-from loraprune.records import KINDS, ModelGroups
-from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, smallest_step
+from loraprune.records import ModelGroups
+from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, open_kinds, smallest_step
 from loraprune.settings import Settings, flag
 
 OPTIONAL_SETS = ("holdout", "bystander", "guard")
@@ -98,6 +98,7 @@ def prepare(settings: Settings) -> Inputs:
     tokenizer = load_tokenizer(settings.model, settings)
     rows, overlap = _load_sets(settings)
     ready = resolved(settings, len(rows["taught"]))
+    refuse_contradictions(ready)  # again, now that epochs have become steps
     examples = {name: encode_set(one, tokenizer, name, settings) for name, one in rows.items()}
     for_reference = _encode_for_reference(settings, rows)
     if settings.original is not None:
@@ -209,11 +210,23 @@ def _refuse_unreachable(settings: Settings, config: PretrainedConfig) -> None:
             "lower --min-groups-per-layer or --round-to, or freeze fewer layers.",
         )
     if rules.of_groups:
+        _refuse_too_large_a_share(settings.sparsity or settings.max_sparsity, groups, rules)
         return
     if settings.sparsity is not None:
         _refuse_too_much(settings.sparsity, groups, rules)
     name = "max_sparsity" if settings.sparsity is None else "sparsity"
     _refuse_too_little(name, getattr(settings, name), groups, rules)
+
+
+def _refuse_too_large_a_share(sparsity: float, groups: ModelGroups, rules: Rules) -> None:
+    untouched, *lower = allowed_widths("ffn_channel", groups, rules)
+    most = (untouched - min(lower, default=untouched)) / untouched
+    if sparsity > most or 1 / untouched > sparsity:
+        raise UserError(
+            f"sparsity {sparsity:g} of a layer's groups cannot be had; {_lowest_widths(groups, rules)}.",
+            WIDTHS_THAT_STAND,
+            f"set --sparsity between {1 / untouched:.3g} and {floor(most * 1000) / 1000:g}.",
+        )
 
 
 def _refuse_too_much(sparsity: float, groups: ModelGroups, rules: Rules) -> None:
@@ -240,7 +253,7 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
 
 def _lowest_widths(groups: ModelGroups, rules: Rules) -> str:
     """Return in words to which width each kind may be cut down."""
-    ends = {kind: allowed_widths(kind, groups, rules) for kind in KINDS}
+    ends = {kind: allowed_widths(kind, groups, rules) for kind in open_kinds(rules)}
     return "a layer keeps at least " + " and ".join(
         f"{widths[-1]} of {widths[0]} {kind}s" for kind, widths in ends.items()
     )

@@ -388,7 +388,9 @@ def _train_quantised(
     names = [name for name in inputs.examples if name not in NOT_LOOKED_AT]
     rounded = folder.stored("quantised.json", lambda: measure_sets(base, settings, inputs, names, "measure quantised"))
     scaled = scale_original(original, before, rounded)
-    own = replace(_steering(settings, inputs, {**before, **rounded}, scaled), target=steering.target)
+    own = _steering(settings, inputs, {**before, **rounded}, scaled)
+    limits = find_limits(settings, {**before, **rounded}, steering.target, own.ceilings)
+    own = replace(own, target=steering.target, limits=limits)
     trainer = _train(folder, settings, inputs, own, base)
     return trainer.ends(), trainer.live.groups, trainer.run_state
 
@@ -456,7 +458,7 @@ def _write_evidence(
     reproduce = _reproduction(folder, settings, ledger, original, metrics)
     write_json(folder.path / LEDGER, reproduce)
     write_json(folder.path / "model" / LEDGER, reproduce)  # the ledger goes where the model goes
-    write_text(folder.path / "model" / "README.md", model_card(as_values(settings), metrics))
+    write_text(folder.path / "model" / "README.md", model_card(as_values(folder.settings), metrics))
     decision = folder.read("decision.json")
     ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"], "form": metrics["model"]["form"]}
     folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))

@@ -25,6 +25,7 @@ from loraprune.pipeline import find_original, measure_sets, refuse_changed_input
 from loraprune.progress import stage
 from loraprune.quantised import quietly
 from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
+from loraprune.schedule import last_sparsity
 from loraprune.sensitivity import SensitivityDict
 from loraprune.settings import Settings
 from loraprune.surgery import cut_config
@@ -109,18 +110,20 @@ class Decider:
             forget, retain, kept, self.groups, budget=self.groups.total_parameters, rules=rules_now
         )
 
-    def compress(self, budget: int) -> Decision:
+    def compress(self, sparsity: float) -> Decision:
         """Return what goes by sensitivity on the retain set alone."""
         retain, kept = self.sensitivities.retain.values(), full_mask(self.groups)
-        fraction = budget / self.groups.total_parameters if self.rules.of_groups else None
+        total, of_groups = self.groups.total_parameters, self.rules.of_groups
+        budget, fraction = (total, sparsity) if of_groups else (int(sparsity * total), None)
         return decide_compression(retain, kept, self.groups, budget=budget, rules=self.rules, fraction=fraction)
 
     def at_goal(self, settings: Settings) -> Mask:
         """Return the mask that the scores lead to when the sparsity of the settings is pruned at once."""
-        budget = int((settings.sparsity or settings.max_sparsity) * self.groups.total_parameters)
+        sparsity = last_sparsity(settings)
+        budget = int(sparsity * self.groups.total_parameters)
         forget, retain, kept = self.sensitivities.forget, self.sensitivities.retain, full_mask(self.groups)
         if forget.totals is None:
-            return kept.without(self.compress(budget).removals)
+            return kept.without(self.compress(sparsity).removals)
         decision = decide_unlearning(
             forget.values(), retain.values(), kept, self.groups, budget=budget, rules=self.rules
         )
@@ -138,7 +141,7 @@ def by_kind(decision: Decision) -> dict[GroupKind, int]:
 
 def group_values(groups: ModelGroups, decide: Decider) -> Values:
     """Return the groups by kind, layers of one size together, and which part of all parameters may go."""
-    everything = decide.compress(groups.total_parameters)
+    everything = decide.compress(1.0)
     removable = by_kind(everything)
     return {
         "architecture": groups.family,

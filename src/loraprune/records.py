@@ -19,6 +19,7 @@ GroupKind = Literal["kv_group", "ffn_channel"]
 KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
 DatasetType = Literal["forget", "retain"]
 Metric = Literal["lora", "gate", "grad", "activation", "magnitude", "random"]
+OF_TRAINING: tuple[Metric, ...] = ("lora", "gate", "grad", "magnitude", "random")  # read from a training step
 ScoreNorm = Literal["mean", "module", "none"]  # what a score is divided by before it is averaged over time
 ScoreFrom = Literal["passes", "training"]
 Schedule = Literal["cubic", "released"]

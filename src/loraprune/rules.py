@@ -74,6 +74,11 @@ def open_layers(rules: Rules, depth: int) -> list[int]:
     return sorted(set(range(depth)) - frozen_layers(rules, depth))
 
 
+def open_kinds(rules: Rules) -> tuple[GroupKind, ...]:
+    """Return the kinds that may lose groups."""
+    return KINDS if rules.attention_ratio else tuple(kind for kind in KINDS if kind != "kv_group")
+
+
 def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[int]:
     """Return the numbers of groups that a layer may keep, the untouched one first, falling.
 
@@ -93,7 +98,7 @@ def _may_stand(kind: GroupKind, width: int, groups: ModelGroups, rules: Rules) -
 def smallest_step(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> int:
     """Return the parameters of the smallest thing that may go next, 0 where nothing may; `kept` None: untouched."""
     steps: list[int] = []
-    for kind in KINDS:
+    for kind in open_kinds(rules):
         left = [groups.count(kind)] * groups.depth if kept is None else kept.kept[kind].sum(1).tolist()
         steps += _next_steps(kind, left, groups, rules)
     return min(steps, default=0)
@@ -120,14 +125,17 @@ def removed_share(mask: Mask, groups: ModelGroups, rules: Rules) -> float:
 def smallest_share(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> float:
     """Return the smallest step in what the rules count."""
     if rules.of_groups:
-        return 1.0 / groups.count("ffn_channel")
+        untouched, *lower = allowed_widths("ffn_channel", groups, rules)
+        layers = open_layers(rules, groups.depth)
+        left = untouched if kept is None else int(kept.kept["ffn_channel"][layers].sum(1).min())
+        return (left - next((one for one in lower if one < left), left)) / untouched
     return smallest_step(groups, rules, kept) / groups.total_parameters
 
 
 def most_removable(groups: ModelGroups, rules: Rules) -> int:
     """Return the parameters that go when every layer is cut down to its lowest allowed width."""
     spare: list[int] = []
-    for kind in KINDS:
+    for kind in open_kinds(rules):
         untouched, *lower = allowed_widths(kind, groups, rules)
         parameters = sum(groups.layers[kind][layer].parameters_per_group for layer in open_layers(rules, groups.depth))
         spare.append((untouched - min(lower, default=untouched)) * parameters)

@@ -27,8 +27,6 @@ from loraprune.scoring import (
 from loraprune.sensitivity import base_of
 from loraprune.settings import Settings
 
-OF_TRAINING = ("lora", "gate", "grad", "magnitude", "random")  # metric activation has no gradient to read
-
 
 class StepScores:
     """The scores of the training steps, for the metric and the frequency that the settings ask for."""

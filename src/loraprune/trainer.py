@@ -237,8 +237,9 @@ class LoRAPruneTrainer(Trainer):
 
     def before_step(self) -> None:
         """Leave this step out where a gradient is not finite: one bad batch must not spoil the adapters."""
-        if self._scored_now:
-            self._average(self.step_scores.read(), "retain")
+        if self._scored_now and (broken := self._average(self.step_scores.read(), "retain")):
+            reason = f"the score was not finite: {', '.join(broken)}"
+            self.event("skip", step=self.run_state.step + 1, reason=reason)
         gradients = (one.grad for one in self.adapted.parameters() if one.grad is not None)
         if not all(bool(one.isfinite().all()) for one in gradients):
             self._skip(self.run_state.step + 1)
@@ -252,7 +253,7 @@ class LoRAPruneTrainer(Trainer):
         begun, passes = monotonic(), self.settings.score_from == "passes"
         broken = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
         looked, duration = self._look(), round(monotonic() - begun, 3)
-        rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored()}
+        rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored() if passes}
         self.run_state.score_seconds += duration
         self.record("score", looked, rows=rows, non_finite=joined(broken.values()), duration=duration)
         if any(broken.values()) or self.run_state.sensitivities.retain.totals is None:

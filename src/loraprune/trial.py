@@ -200,12 +200,13 @@ class Trial:
         evaluate = self.load_seconds + self._over(costs["evaluate"], list(self.inputs.examples))
         other = self.load_seconds + self._over(costs["evaluate"], ["forget"] if self.settings.is_unlearning else [])
         look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
+        passes = self.settings.score_from == "passes"
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
             "train": self.load_seconds
             + costs["train"].seconds(self._training_passes())
             + (self._looks - rounds) * look,
-            "score": rounds * (self.score_seconds + look),  # each scoring ends with a look
+            "score": rounds * (passes * self.score_seconds + look),  # each scoring ends with a look
             "export": export_seconds,
             "evaluate after": evaluate,
         }
