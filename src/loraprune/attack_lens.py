@@ -82,9 +82,15 @@ def _states(decoder: Any, counted: Tensor) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def _capped(logits: Tensor, config: Any) -> Tensor:
+    """Return logits as the model's own head gives them: Gemma 2 bends them under a cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def _read_state(model: Any, state: Tensor, targets: Tensor, counted: Tensor) -> tuple[Numbers, Numbers]:
     """Return performance and exact match of the batch's rows, read out of one layer's states."""
-    logits = model.get_output_embeddings()(model.get_decoder().norm(state)).float()
+    logits = _capped(model.get_output_embeddings()(model.get_decoder().norm(state)), model.config).float()
     chosen = logits.gather(-1, targets[counted][:, None])[:, 0] - logits.logsumexp(-1)
     right = logits.argmax(-1) == targets[counted]
     values = torch.zeros(counted.shape, dtype=torch.float64, device=counted.device)

@@ -143,7 +143,8 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
     A run that missed its goal and that a limit held back, be it once, ended at the floor: with less to keep it would
     have gone further. Only where P(forget) arrived and no candidate was left, it is those that were missing.
     """
-    enough = settings.sparsity is None or decision["reached"] >= last_sparsity(settings) - decision["smallest_step"]
+    reached = decision["reached"] if settings.sparsity_of == "groups" else values["sparsity"]
+    enough = settings.sparsity is None or reached >= last_sparsity(settings) - decision["smallest_step"]
     arrived = target is None or target.holds(values["forget"]["after"]["performance"])
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
     hard = ("floor", "guard", "ceiling")
