@@ -28,7 +28,7 @@ from loraprune.folder import whole_folder
 FOLDER = ROOT / "bench" / "cache" / "stories260k"
 SPACE, BYTES_FROM, BYTES = "\u2581", 3, 256  # how a vocabulary writes a space; ids 3 to 258 are the single bytes
 KNOWN_LOSS = (1.27, 1.33)  # nats a token on TinyStories
-KNOWN_STORIES = 60  # from the file's beginning on; those after them are another writer's, whose loss is higher
+KNOWN_STORIES = 60  # from the beginning of the file on; over all of it the loss is 1.47, why is not known
 KNOWN_BEGINNING = "Once upon a time, there was a little girl named Lily."
 MENDED = {"â€œ": "“", "â€™": "’", "â€“": "–", "â€”": "—", "â€": "”"}  # UTF-8 that someone read as Windows-1252
 OPENING = re.compile(
