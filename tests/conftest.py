@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,15 @@ def make_batch(rows=4, length=9, seed=0, prompt=3, vocabulary=VOCABULARY):
         "attention_mask": there.long(),
         "labels": tokens.masked_fill(~answers, -100),
     }
+
+
+def told_by_a_stranger(code, folder, names, **environment):
+    """What a process that never saw this package prints last, as JSON, run in the folder on what lies there."""
+    command = [sys.executable, "-c", code, str(folder), *names]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=variables)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def rows_of(batch, chosen):

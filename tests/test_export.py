@@ -1,12 +1,20 @@
 """The checkpoint that is written says what the masked model said, in a process that knows stock transformers only."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, GROUPED, SIZES, make_batch, make_mask, make_model, masked, save_checkpoint
+from conftest import (
+    FAMILY_CONFIGS,
+    GROUPED,
+    SIZES,
+    make_batch,
+    make_mask,
+    make_model,
+    masked,
+    save_checkpoint,
+    told_by_a_stranger,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, MistralConfig, Olmo2Config, Phi3Config
@@ -108,10 +116,8 @@ def pruned(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("exported")
     made = {name: export_pruned(name, tokenizer, folder) for name in CONFIGS}
     save_file({name: BATCH[name] for name in ("input_ids", "attention_mask")}, folder / "batch.safetensors")
-    command = [sys.executable, "-c", STRANGER, str(folder), *CONFIGS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, made, load_file(folder / "logits.safetensors"), json.loads(done.stdout.splitlines()[-1])
+    said = told_by_a_stranger(STRANGER, folder, CONFIGS)
+    return folder, made, load_file(folder / "logits.safetensors"), said
 
 
 # --- invariant 1 ---

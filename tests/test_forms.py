@@ -1,15 +1,12 @@
 """Layers of different width: the checkpoint says what the masked model said, where nothing of ours is installed and here."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model, masked, run_values
+from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model, masked, run_values, told_by_a_stranger
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
@@ -98,16 +95,9 @@ def uneven(tmp_path_factory, tokenizer):
     made = {name: export_uneven(name, tokenizer, folder) for name in CONFIGS}
     batch = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
     save_file({**batch, "prompt": PROMPT.clone()}, folder / "batch.safetensors")
-    command = [sys.executable, "-c", STRANGER, str(folder), *CONFIGS]
-    environment = {
-        **os.environ,
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr
-    return folder, made, load_file(folder / "found.safetensors"), json.loads(done.stdout.splitlines()[-1])
+    offline = {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    said = told_by_a_stranger(STRANGER, folder, CONFIGS, **offline)
+    return folder, made, load_file(folder / "found.safetensors"), said
 
 
 # --- invariant 1 ---

@@ -21,7 +21,7 @@ from loraprune.evaluate import answer_values
 from loraprune.memory import FEW, Footprint, Rows, affordable, fewer, footprint_of
 from loraprune.objectives import IGNORED
 from loraprune.records import DatasetType, Sensitivity
-from loraprune.scoring import score_model
+from loraprune.scoring import as_asked, score_model
 from loraprune.settings import Settings
 from loraprune.trainer import LoRAPruneTrainer
 
@@ -154,12 +154,7 @@ class Passes:
             self.trainer.live,
             (self._moved(collate(part, self.pad)) for part in batches),
             dataset_type,
-            prune_metric=self.settings.metric,
-            loss=self.settings.score_loss,
-            third_term=self.settings.third_term,
-            unit_norm=self.settings.score_norm == "module",
-            seed=self.settings.seed,
-            power=self.settings.score_power,
+            **as_asked(self.settings),
         )
 
     def training(self) -> Pass:

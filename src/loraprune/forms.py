@@ -1,7 +1,7 @@
 """Forms: the checkpoint form for layers of different width, and how such a checkpoint is read without running its code.
 
 Reads    a mask; a checkpoint's config.json
-Gives    has_stock_form, per_layer_config, form_of, use_own_code, check_layers
+Gives    has_stock_form, per_layer_config, form_of, use_own_code, read_model, check_layers
 Source   -
 Symbols  stock = the same widths in every layer, in a class of transformers; per_layer = `per_layer_config` in
          config.json, and the modelling file modeling_per_layer.py beside it
@@ -20,6 +20,7 @@ from loraprune import modeling_per_layer as code
 from loraprune.errors import UserError
 from loraprune.groups import check_shapes, expected_shapes, family_of, is_per_layer
 from loraprune.records import Mask, ModelGroups
+from loraprune.settings import Settings
 
 Form = Literal["stock", "per_layer"]
 CODE_FILE = Path(code.__file__)
@@ -111,6 +112,18 @@ def _refuse_other_code(name: str) -> None:
 
 def _is_known(found: bytes) -> bool:
     return found == CODE_FILE.read_bytes() or sha256(found).hexdigest() in EARLIER_CODE
+
+
+def read_model(name: str, settings: Settings, **options: Any) -> Any:
+    """Return a checkpoint's causal language model in eval mode, a per-layer one by our own code.
+
+    `options` go to transformers' from_pretrained beside what the settings say.
+    """
+    use_own_code(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True, **options
+    )
+    return model.eval()
 
 
 def check_layers(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

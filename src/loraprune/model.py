@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.forms import check_layers, use_own_code
+from loraprune.forms import check_layers, read_model, use_own_code
 from loraprune.groups import (
     check_shapes,
     family_of,
@@ -185,11 +185,7 @@ def check_machine(settings: Settings) -> None:
 
 def load_model(name: str, settings: Settings) -> Any:
     """Return a causal language model in eval mode on the run's device."""
-    use_own_code(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=True
-    )
-    return model.to(device_of(settings)).eval()
+    return read_model(name, settings).to(device_of(settings))
 
 
 def load_base(name: str, settings: Settings) -> Any:
@@ -211,15 +207,7 @@ def load_measured(name: str, settings: Settings) -> Any:
     """
     if settings.base_bits == PLAIN_BITS or device_of(settings).type == "cpu":
         return load_model(name, settings)
-    use_own_code(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=True,
-        device_map="auto",
-    )
-    return model.eval()
+    return read_model(name, settings, device_map="auto")
 
 
 def load_pruned(path: str | Path, **options: Any) -> Any:

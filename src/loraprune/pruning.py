@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraprune.decision import Scores, decide_compression, decide_unlearning
 from loraprune.mask import LiveMask, mask_of
 from loraprune.records import Decision, Look, Mask
-from loraprune.rules import Rules, smallest_step
+from loraprune.rules import Rules, smallest_share
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits
 
@@ -122,7 +122,7 @@ def unlearning_prune(
     limits = replace(limits or Limits(), min_retain_performance=min_retain_performance)
     scores, roll_back = SensitivityDict.of(forget_dict, retain_dict), roll_back or _back_to_now(model, look)
     begun = 0.0 if rules.of_groups else live.value.sparsity(live.groups)
-    allowance, smallest = ratio - begun, smallest_step(live.groups, rules, live.value) / live.groups.total_parameters
+    allowance, smallest = ratio - begun, smallest_share(live.groups, rules, live.value)
     while True:
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
         decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, **goal)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from loraprune.errors import UserError
-from loraprune.forms import use_own_code
+from loraprune.forms import read_model
 from loraprune.settings import Settings
 
 Format = Literal["int8", "nf4"]
@@ -54,21 +54,14 @@ def quietly() -> Iterator[None]:
 
 def load_quantised(name: str, settings: Settings, number_format: Format, device: torch.device) -> Any:
     """Return a causal language model in eval mode whose projections are rounded while they are read."""
-    use_own_code(name)
     ways = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=True,
-        quantization_config=BitsAndBytesConfig(**ways[number_format]),
-        device_map={"": device},
-    )
+    config = BitsAndBytesConfig(**ways[number_format])
+    model = read_model(name, settings, quantization_config=config, device_map={"": device})
     for module in model.modules():
         if type(module).__name__ == QUANTISED["nf4"]:
             # Its packed format for some processors takes widths in multiples of 32 and 64 only, which a cut has not.
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+    return model
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from loraprune.mask import LiveMask
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
 from loraprune.records import DatasetType, GroupKind, LayerGroups, Metric, ProjectionGroups, ScoreLoss, Sensitivity
 from loraprune.sensitivity import base_of, compute_sensitivity
+from loraprune.settings import Settings
 
 Batch = Mapping[str, Tensor]
 Scores = dict[GroupKind, Tensor]  # (L, G) each, float64
@@ -66,32 +67,50 @@ def score_model(
     return Sensitivity({kind: (total / rows).cpu() for kind, total in scores.items()})
 
 
+def as_asked(settings: Settings) -> dict[str, Any]:
+    """Return how `score_model` scores under a run's settings."""
+    return {
+        "prune_metric": settings.metric,
+        "loss": settings.score_loss,
+        "power": settings.score_power,
+        "third_term": settings.third_term,
+        "unit_norm": settings.score_norm == "module",
+        "seed": settings.seed,
+    }
+
+
 # --- what lies on weights after backward ------------------------------------------------------------------------------
 
 
 def _run(model: PeftModel, live: LiveMask, batches: Iterable[Batch], loss: ScoreLoss, *, frozen_too: bool) -> int:
     """Leave the gradients of all batches on the adapters, or on the frozen weights in their place; return the rows."""
     rows = 0
-    with weight_gradients(model, live) if frozen_too else ExitStack():
+    with ExitStack() as stack:
+        if frozen_too:
+            stack.enter_context(frozen(model))
+            stack.enter_context(gradients_on(prunable_weights(model, live)))
         for batch in batches:
             rows += len(batch["input_ids"])
             _row_losses(model, batch, loss).sum().backward()
     return rows
 
 
-@contextmanager
-def weight_gradients(model: PeftModel, live: LiveMask) -> Iterator[None]:
-    """Take the gradients of the frozen weights that are cut, not those of adapters, in passes inside this block."""
+def prunable_weights(model: PeftModel, live: LiveMask) -> list[Tensor]:
+    """Return the frozen weights of every projection of which groups are cut."""
     base = model.get_base_model()
-    weights = [base_of(base.get_submodule(one.module)).weight for one in projections(live)]
-    with frozen(model):
+    return [base_of(base.get_submodule(projection.module)).weight for _, projection in _cut(live)]
+
+
+@contextmanager
+def gradients_on(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Let passes inside this block leave gradients on weights that are frozen outside it."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
         for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
+            weight.requires_grad_(False)
 
 
 @contextmanager
@@ -127,11 +146,6 @@ def _cut(live: LiveMask) -> Iterator[tuple[LayerGroups, ProjectionGroups]]:
         for one in layers:
             for projection in one.projections:
                 yield one, projection
-
-
-def projections(live: LiveMask) -> list[ProjectionGroups]:
-    """Return every projection of which groups are cut."""
-    return [projection for _, projection in _cut(live)]
 
 
 # --- what goes into the consumers -------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from loraprune.scoring import (
     Scores,
     add_gates,
     empty_scores,
-    projections,
+    gradients_on,
+    prunable_weights,
     random_scores,
     read_weights,
     unit_norms,
 )
-from loraprune.sensitivity import base_of
 from loraprune.settings import Settings
 
 
@@ -34,8 +34,7 @@ class StepScores:
     def __init__(self, model: PeftModel, live: LiveMask, settings: Settings) -> None:
         self.model, self.live, self.settings = model, live, settings
         self.how = {"power": settings.score_power, "unit_norm": settings.score_norm == "module"}
-        base = model.get_base_model()
-        self.weights = [base_of(base.get_submodule(one.module)).weight for one in projections(live)]
+        self.weights = prunable_weights(model, live)
         self.gathered: Scores | None = None  # of a step's passes so far
 
     def due(self, step: int) -> bool:
@@ -51,11 +50,8 @@ class StepScores:
             self.gathered = self.gathered or empty_scores(self.live)
             add_gates(self.gathered, self.model, self.live, gates, "retain", self.settings.score_power)
         elif self.settings.metric == "grad":
-            for weight in self.weights:
-                weight.requires_grad_(True)
-            yield
-            for weight in self.weights:
-                weight.requires_grad_(False)
+            with gradients_on(self.weights):
+                yield
         else:
             yield
 

@@ -42,7 +42,7 @@ from loraprune.pruning import ModelState, restore_state, take_state, unlearning_
 from loraprune.records import DatasetType, Decision, Look, Sensitivity
 from loraprune.rules import Rules
 from loraprune.schedule import learning_rate_factor, planned_sparsity
-from loraprune.scoring import score_model
+from loraprune.scoring import as_asked, score_model
 from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import PLAIN_BITS, Settings
 from loraprune.steering import Steering, first_acceptable, take_look
@@ -319,12 +319,7 @@ class LoRAPruneTrainer(Trainer):
             self.live,
             self._batches(sample),
             dataset_type,
-            prune_metric=settings.metric,
-            loss=settings.score_loss,
-            power=settings.score_power,
-            third_term=settings.third_term,
-            unit_norm=settings.score_norm == "module",
-            seed=settings.seed,
+            **as_asked(settings),
         )
         return self._average(new, dataset_type)
 
