@@ -6,7 +6,7 @@ Source   open-unlearning, arXiv 2506.12618, for what the last token, the end of 
 Symbols  b rows of a batch, t tokens of an answer, n answer tokens of a batch, V vocabulary, p a token's probability
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -117,9 +117,9 @@ def read_answers(
     `spread`: also means and variances over the vocabulary. `compat` "open-unlearning" hides every token from
     attention that equals the padding token, as that evaluation does (on Llama 3 the ends of the prompt's turns).
     """
+    batches = batches_by_length(examples, batch_size)
     found: dict[int, AnswerTokens] = {}
-    options: dict[str, Any] = {"batch_size": batch_size, "pad_token_id": pad_token_id, "compat": compat}
-    for batch in answer_batches(model, examples, spread=spread, **options):
+    for batch in answer_batches(model, examples, batches, pad_token_id=pad_token_id, spread=spread, compat=compat):
         found |= zip(batch.rows, _rows_of(batch), strict=True)
         advance(len(batch.rows))
     return [found[index] for index in range(len(examples))]
@@ -140,17 +140,17 @@ def candidate_losses(model: nn.Module, candidates: Sequence[Sequence[Example]], 
 def answer_batches(
     model: nn.Module,
     examples: Sequence[Example],
+    batches: Iterable[list[int]],
     *,
-    batch_size: int,
     pad_token_id: int,
     spread: bool = False,
     compat: Compat = "none",
 ) -> Iterator[AnswerBatch]:
-    """Give the batches' values one by one, shortest examples first; in eval mode, the mode left as it was."""
+    """Give the values of batches, named by the places of their examples; in eval mode, the mode left as it was."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        for rows in batches_by_length(examples, batch_size):
+        for rows in batches:
             batch = collate([examples[row] for row in rows], pad_token_id)
             if compat == "open-unlearning":
                 batch["attention_mask"] = (batch["input_ids"] != pad_token_id).long()

@@ -27,6 +27,7 @@ from loraprune.objectives import (
     retain_loss,
     row_sums,
 )
+from loraprune.processes import collected, dealt, rows_each
 from loraprune.records import DatasetType
 from loraprune.settings import Settings
 from loraprune.steering import Steering
@@ -97,34 +98,38 @@ class Balance:
         return loss, logits
 
     def parts(
-        self, model: nn.Module, inputs: Mapping[str, Any], size: int, *, forgetting: bool, forget_weight: float
+        self, model: nn.Module, inputs: Mapping[str, Any], size: int | None, *, forgetting: bool, forget_weight: float
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
-        Each loss is to be taken back before the next, so that one graph is alive at a time. How hard a set is pushed
-        down depends on its whole batch, which is read without gradients first.
+        Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
+        that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
+        without gradients first.
         """
         batch = inputs["retain"]
-        for part in split_batch(batch, size):
-            yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch))
+        for part, weight in dealt(split_batch(batch, size)):
+            yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
                 yield from self._pushed_parts(model, inputs[name], self.untouched[name], weight, size)
 
     @staticmethod
-    def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
-        share = answer_tokens(part).sum() / answer_tokens(whole).sum()
+    def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weight: float) -> Tensor:
+        share = weight * answer_tokens(part).sum() / answer_tokens(whole).sum()
         return share * retain_loss(logits_of(model, part), part["labels"])
 
     def _pushed_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
     ) -> Iterator["Part"]:
         parts = split_batch(batch, size)
+        own = dealt(parts)
         with torch.no_grad():
-            performance = torch.cat([self._rows_of(model, part)[1] for part in parts])
+            read = [self._rows_of(model, part)[1].cpu() for part, _ in own]
+        performance = torch.cat(collected(read, len(parts)))
         factor = self.settings.forget_retain_ratio * weight(batch["rows"], performance)
-        for part in parts if factor else ():
-            share = factor * part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
+        for part, counts in own if factor else ():
+            of_batch = part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
+            share = counts * factor * of_batch
             yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
 
     def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, share: float) -> Tensor:
@@ -185,10 +190,10 @@ def answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum(1)
 
 
-def split_batch(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Return the batch in parts of at most `size` rows, each as wide as its longest row."""
+def split_batch(batch: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
+    """Return the batch in parts of at most `most` rows, one at least for every process, as wide as its longest row."""
     widths = batch["attention_mask"].sum(1)
-    parts = []
+    parts, size = [], rows_each(len(widths), most)
     for first in range(0, len(widths), size):
         rows = slice(first, first + size)
         width = int(widths[rows].max())

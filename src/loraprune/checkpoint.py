@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loraprune.folder import settled, whole_folder, write_json
+from loraprune.processes import first_does
 from loraprune.pruning import ModelState
 from loraprune.records import Look, Mask, Removal, removal_columns, removals_from
 from loraprune.sensitivity import MovingAverage, SensitivityDict
@@ -81,7 +82,7 @@ def _write_point(folder: Path, point: Point) -> None:
 
 def load_state(folder: Path) -> SavedRun | None:
     """Return what a stopped run left, None where nothing was saved."""
-    if not settled(folder).exists():
+    if not first_does(lambda: settled(folder).exists()):
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     values["sensitivities"] = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from loraprune import evaluate_command
 from loraprune.errors import UserError, nearest
+from loraprune.launch import here, refuse_several
 from loraprune.records import RunReport
 from loraprune.settings import (
     Settings,
@@ -227,6 +228,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+SHARED = ("unlearn", "prune")  # several processes of one launch work on one run
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code; None takes the process's own arguments."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -246,7 +250,8 @@ def exit_code(action: Callable[[], int], *, debug: bool) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(error, file=sys.stderr)
+        if here().first:
+            print(error, file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command resumes the run.", file=sys.stderr)
@@ -263,6 +268,8 @@ def code_of(report: RunReport) -> int:
 
 def _call(arguments: list[str]) -> int:
     options = _parse(arguments)
+    if options.command not in SHARED:
+        refuse_several(options.command)
     return COMMANDS[options.command].call(_settings(options), options)
 
 

@@ -1,4 +1,4 @@
-"""Ending: what a run on a quantised base leaves is cut and merged in the original, and looked at as it is written.
+"""Ending: what a quantised or sharded base leaves is cut and merged in the original, and looked at as it is written.
 
 Reads    the ends that the run may be written at, the best first; the original checkpoint
 Gives    write_best, save_adapter, write_decision: what the run leaves on disk
@@ -21,6 +21,7 @@ from loraprune.export import export_model
 from loraprune.folder import whole_folder, write_json
 from loraprune.mask import LiveMask
 from loraprune.model import attach_lora, load_measured, load_model
+from loraprune.processes import first_does
 from loraprune.pruning import ModelState, restore_state
 from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups, removal_columns
 from loraprune.rules import Rules, removed_share, smallest_share
@@ -55,7 +56,7 @@ def write_best(
     """Write the first end that holds its limits as a checkpoint, under `folder`/end, with its `folder`/adapter."""
 
     def look(end: ModelState) -> Look:
-        _cut_original(end, groups, tokenizer, settings, folder)
+        first_does(lambda: _cut_original(end, groups, tokenizer, settings, folder))
         gc.collect()  # the original goes before what was made of it is loaded
         return look_at(load_measured(str(folder / "end"), settings), groups, end.mask, steering.probes)
 

@@ -14,7 +14,7 @@ class UserError(Exception):
     """A mistake the user can mend; the command line prints it without a traceback and exits with 2."""
 
     def __init__(self, what: str, why: str, fix: str) -> None:
-        super().__init__(what)
+        super().__init__(what, why, fix)  # all of them: what is unpickled in another process is made anew from these
         self.what, self.why, self.fix = what, why, fix
 
     def __str__(self) -> str:

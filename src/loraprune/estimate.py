@@ -148,11 +148,11 @@ class Passes:
 
     def score(self, dataset_type: DatasetType, examples: Sequence[Example], batch_size: int) -> Sensitivity:
         """Return one set's sensitivities as the run computes them; the batch size changes nothing but memory."""
-        batches = ([examples[row] for row in part] for part in batches_by_length(examples, batch_size))
+        parts = ([examples[row] for row in rows] for rows in batches_by_length(examples, batch_size))
         return score_model(
             self.trainer.adapted,
             self.trainer.live,
-            (self._moved(collate(part, self.pad)) for part in batches),
+            [self._moved(collate(part, self.pad)) for part in parts],
             dataset_type,
             **as_asked(self.settings),
         )

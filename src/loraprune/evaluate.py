@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from loraprune.answers import Advance, AnswerBatch, answer_batches, silent
-from loraprune.data import Example
+from loraprune.data import Example, batches_by_length
 from loraprune.interval import ratio_interval
 from loraprune.objectives import row_means, row_sums
+from loraprune.processes import collected, dealt
 from loraprune.records import Interval
 
 
@@ -63,13 +64,19 @@ def answer_values(
     pad_token_id: int,
     advance: Advance = silent,
 ) -> AnswerValues:
-    """Return every row's values, in the order of `examples`; runs in eval mode and leaves the mode as it was."""
-    parts, order = [], []
-    for batch in answer_batches(model, examples, batch_size=batch_size, pad_token_id=pad_token_id):
-        parts.append(_batch_values(batch))
-        order += batch.rows
+    """Return every row's values, in the order of `examples`; runs in eval mode and leaves the mode as it was.
+
+    Several processes read some batches each.
+    """
+    batches = batches_by_length(examples, batch_size)
+    shares, own = dealt(batches), []
+    for batch in answer_batches(model, examples, [rows for rows, _ in shares], pad_token_id=pad_token_id):
+        own.append(_batch_values(batch))
         advance(len(batch.rows))
-    back = torch.tensor(order).argsort()
+    if (others := len(examples) - sum(len(rows) for rows, _ in shares)) > 0:
+        advance(others)  # what other processes read
+    back = torch.tensor([row for rows in batches for row in rows]).argsort()
+    parts = collected(own, len(batches))
     return AnswerValues(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 
 

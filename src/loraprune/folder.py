@@ -13,7 +13,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 
 from loraprune.errors import UserError
 from loraprune.events import read_events
+from loraprune.launch import here
+from loraprune.processes import all_do, first_does
 from loraprune.settings import Settings, as_values, flag, settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
@@ -138,7 +140,28 @@ class RunFolder:
         """Keep every other process out of the folder while the block runs; a finished run needs no lock.
 
         Raises UserError with the name of the process that holds it; `say` gets a line about one that was killed here.
+        Of several processes that work as one the first holds it for all.
         """
+        with ExitStack() as stack:
+            first_does(lambda: stack.enter_context(self._held(say)))
+            self._refuse_unshared()
+            yield
+
+    def _refuse_unshared(self) -> None:
+        """Raise UserError in all processes where one of them does not see the folder that the first one made."""
+
+        def look() -> None:
+            if not self.path.is_dir():
+                raise UserError(
+                    f"{self.path} is not there on {platform.node()}.",
+                    "every process reads the written model again, to measure it.",
+                    "choose an --output that all machines of the launch share.",
+                )
+
+        all_do(look)
+
+    @contextmanager
+    def _held(self, say: Callable[[str], Any]) -> Iterator[None]:
         if self.finished:
             yield
             return
@@ -187,6 +210,9 @@ class RunFolder:
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one; an event that a kill cut short is dropped."""
+        first_does(self._open)
+
+    def _open(self) -> None:
         write_text(self.path / "config.toml", tomli_w.dumps(as_values(self.settings)))
         log = self.path / "events.jsonl"
         if log.exists() and not (content := log.read_bytes()).endswith(b"\n"):
@@ -198,7 +224,7 @@ class RunFolder:
         try:
             yield
         except UserError:
-            if not any((self.path / name).exists() for name in ("state", "model")):
+            if here().first and not any((self.path / name).exists() for name in ("state", "model")):
                 for name in BEFORE_TRAINING:
                     (self.path / name).unlink(missing_ok=True)
             raise
@@ -219,6 +245,10 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
+    def has(self, name: str) -> bool:
+        """Say whether the folder holds a file or a folder, as the first process sees it."""
+        return first_does(lambda: (self.path / name).exists())
+
     def events(self) -> list[dict[str, Any]]:
         """Return every event so far; a last line that a kill cut short is left out."""
         return read_events(self.path / "events.jsonl")
@@ -226,18 +256,32 @@ class RunFolder:
     def drop_events_after(self, step: int) -> None:
         """Forget events of steps that a resumed run takes again; -1: of all, the very first look included."""
         kept = [one for one in self.events() if one.get("step", -1) <= step]
-        write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+        if here().first:
+            write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf"."""
+        """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf".
+
+        Only the first of several processes writes it.
+        """
+        if not here().first:
+            return
         line = {"event": kind, "seconds": round(time.monotonic() - self.started, 3), **_told(values)}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def stored(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the content of a JSON file of the folder, making and writing it first when it is not there."""
-        if (value := self.read(name)) is None:
-            write_json(self.path / name, value := make())
+        """Return the content of a JSON file of the folder, making and writing it first when it is not there.
+
+        All processes make it, and the first one's is written and returned in all of them.
+        """
+        if (value := first_does(lambda: self.read(name))) is None:
+            made = make()
+            value = first_does(lambda: self._written(name, made))
+        return value
+
+    def _written(self, name: str, value: Any) -> Any:
+        write_json(self.path / name, value)
         return value
 
 

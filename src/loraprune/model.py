@@ -36,6 +36,8 @@ from loraprune.groups import (
     meta_groups,
     projections_of,
 )
+from loraprune.launch import here
+from loraprune.processes import shard
 from loraprune.quantised import FORMATS, load_quantised, refuse_without_bitsandbytes
 from loraprune.records import ModelGroups
 from loraprune.settings import PLAIN_BITS, Settings
@@ -189,10 +191,18 @@ def load_model(name: str, settings: Settings) -> Any:
 
 
 def load_base(name: str, settings: Settings) -> Any:
-    """Return the model that a run trains adapters on: its projections in `base_bits`, the rest in its own format."""
-    if settings.base_bits == PLAIN_BITS:
-        return load_model(name, settings)
-    return load_quantised(name, settings, FORMATS[settings.base_bits], device_of(settings))
+    """Return the model that a run trains adapters on: its projections in `base_bits`, the rest in its own format.
+
+    One that is to be sharded, once it has its adapters, waits in the main memory.
+    """
+    if settings.base_bits != PLAIN_BITS:
+        return load_quantised(name, settings, FORMATS[settings.base_bits], device_of(settings))
+    return read_model(name, settings) if here().sharded else load_model(name, settings)
+
+
+def takes_adapters_in(settings: Settings) -> bool:
+    """Say whether adapters can be merged into the base: not where it is quantised or sharded."""
+    return settings.base_bits == PLAIN_BITS and not here().sharded
 
 
 def base_groups(base: Any, config: PretrainedConfig) -> ModelGroups:
@@ -204,7 +214,10 @@ def load_measured(name: str, settings: Settings) -> Any:
     """Return a model in its own format that is only measured, in eval mode.
 
     A GPU that was to hold the base in fewer bits may not hold this: layers that do not fit wait in the main memory.
+    Where the base is sharded, so is this.
     """
+    if here().sharded:
+        return shard(read_model(name, settings).requires_grad_(False), device_of(settings))
     if settings.base_bits == PLAIN_BITS or device_of(settings).type == "cpu":
         return load_model(name, settings)
     return read_model(name, settings, device_map="auto")

@@ -32,20 +32,24 @@ from loraprune.export import export_model
 from loraprune.folder import RunFolder, write_json, write_text
 from loraprune.forms import form_of
 from loraprune.inputs import Inputs, earlier_sets, prepare, require
+from loraprune.launch import here
 from loraprune.ledger import FILE as LEDGER
 from loraprune.ledger import Ledger, read_ledger, removed_by_layer
 from loraprune.mask import LiveMask
 from loraprune.model import (
     attach_lora,
     base_groups,
+    device_of,
     load_base,
     load_measured,
     load_tokenizer,
     pad_token_id,
     parameter_count,
     quiet_libraries,
+    takes_adapters_in,
     weights_hash,
 )
+from loraprune.processes import all_do, first_does, joined, shard
 from loraprune.progress import stage
 from loraprune.pruning import ModelState
 from loraprune.quantised import quietly
@@ -75,22 +79,23 @@ LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language
 def run(settings: Settings, console: Console | None = None) -> RunReport:
     """Unlearn (with a forget set) or compress (without) and return the report.
 
-    A run that was stopped goes on from its folder; of a finished one the report is returned. Raises UserError before
-    anything is trained when settings, model or data are not fit; then no file of the run is left behind.
+    A run that was stopped goes on from its folder; of a finished one the report is returned. Several processes of one
+    launch share the work, and the first of them writes. Raises UserError before anything is trained when settings,
+    model or data are not fit; then no file of the run is left behind.
     """
-    console = console or Console()
+    console = (console or Console()) if here().first else Console(quiet=True)
     require(settings)
     folder = RunFolder(Path(settings.output), settings)
-    folder.check()
-    with quiet_libraries():
-        inputs = prepare(settings)
+    with joined(settings), quiet_libraries():
+        first_does(folder.check)
+        inputs = all_do(lambda: prepare(settings))
         with folder.held(console.print):
-            refuse_changed_inputs(folder, settings, inputs)
-            if (metrics := folder.read("metrics.json")) is None:
+            first_does(lambda: refuse_changed_inputs(folder, settings, inputs))
+            if (metrics := first_does(lambda: folder.read("metrics.json"))) is None:
                 folder.open()
                 with folder.withdrawn_if_refused():
                     metrics = _run_stages(folder, inputs.settings, inputs, console)
-            _tidy(folder)
+            first_does(lambda: _tidy(folder))
         console.print(result_table(metrics))
         if settings.is_unlearning and metrics["sparsity"] == 0:
             console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
@@ -100,12 +105,12 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
                 "loraprune.load_pruned without running code from the folder"
             )
         if settings.show_examples:
-            show_examples(settings, inputs, folder.path / "model", console)
+            first_does(lambda: show_examples(settings, inputs, folder.path / "model", console))
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))
 
 
 def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: Console) -> Values:
-    hashes = folder.stored("inputs.json", lambda: _hashes(settings, inputs))
+    hashes = folder.stored("inputs.json", lambda: first_does(lambda: _hashes(settings, inputs)))
     ledger = read_ledger(settings.model, hashes["weights_sha256"])
     ledger.next_id(settings.request_id)
     before = folder.stored("before.json", lambda: _evaluate_before(folder, settings, inputs))
@@ -115,13 +120,17 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     _say_target(steering.target, settings, before, console)
     _say_steering(steering, original, ledger, console)
     _say_overlap(inputs, console)
-    if not (folder.path / "model").exists():
+    if not folder.has("model"):
         _train_and_cut(folder, settings, inputs, steering, before, original)
         gc.collect()  # trainer and model refer to each other: else both would be there beside the model that comes out
     after = folder.stored("after.json", lambda: _evaluate_after(folder, settings, inputs))
-    metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
-    _write_evidence(folder, settings, inputs, ledger, original, metrics)
-    return folder.read("metrics.json")
+
+    def end() -> Values:
+        metrics = metrics_of(folder, settings, inputs, steering, before, original, after)
+        _write_evidence(folder, settings, inputs, ledger, original, metrics)
+        return folder.read("metrics.json")
+
+    return first_does(end)
 
 
 def _hashes(settings: Settings, inputs: Inputs) -> Values:
@@ -356,19 +365,14 @@ def _say_overlap(inputs: Inputs, console: Console) -> None:
 def _train_and_cut(
     folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, before: Values, original: Values
 ) -> None:
-    if settings.base_bits == PLAIN_BITS:
+    if takes_adapters_in(settings):
         trainer = _train(folder, settings, inputs, steering, load_base(settings.model, settings))
-        live = trainer.live
-        write_decision(folder.path, trainer.run_state, live.groups, live.value, trainer.rules)
-        save_adapter(trainer.adapted, folder.path / "adapter")
-        live.remove()
-        export_model(
-            trainer.adapted.merge_and_unload(), inputs.tokenizer, live.groups, live.value, folder.path / "model"
-        )
+        first_does(lambda: _write_trained(folder, inputs, trainer))
         return
     with quietly():
-        ends, groups, state = _train_quantised(folder, settings, inputs, steering, before, original)
-    gc.collect()  # the quantised base goes before the original comes
+        trained = _train_quantised if settings.base_bits < PLAIN_BITS else _train_sharded
+        ends, groups, state = trained(folder, settings, inputs, steering, before, original)
+    gc.collect()  # the base that was trained on goes before the original comes
     written = write_best(ends, groups, inputs.tokenizer, settings, steering, folder.path)
     if written.end is not ends[0]:
         tried = ends[0].mask.sparsity(groups)
@@ -376,7 +380,20 @@ def _train_and_cut(
         state.breaks |= {name: state.breaks.get(name, 0) + 1 for name in written.broken}
     if written.end is ends[-1]:
         state.removals, state.ended_by = [], written.broken[0]
-    write_decision(folder.path, state, groups, written.end.mask, Rules.of(settings))
+    first_does(lambda: _name_best(folder, settings, groups, state, written.end))
+
+
+def _write_trained(folder: RunFolder, inputs: Inputs, trainer: LoRAPruneTrainer) -> None:
+    live = trainer.live
+    write_decision(folder.path, trainer.run_state, live.groups, live.value, trainer.rules)
+    save_adapter(trainer.adapted, folder.path / "adapter")
+    live.remove()
+    plain: Any = trainer.adapted.merge_and_unload()
+    export_model(plain, inputs.tokenizer, live.groups, live.value, folder.path / "model")
+
+
+def _name_best(folder: RunFolder, settings: Settings, groups: ModelGroups, state: RunState, end: ModelState) -> None:
+    write_decision(folder.path, state, groups, end.mask, Rules.of(settings))
     (folder.path / "end").replace(folder.path / "model")
 
 
@@ -391,7 +408,17 @@ def _train_quantised(
     own = _steering(settings, inputs, {**before, **rounded}, scaled)
     limits = find_limits(settings, {**before, **rounded}, steering.target, own.ceilings)
     own = replace(own, target=steering.target, limits=limits)
-    trainer = _train(folder, settings, inputs, own, base)
+    return _ends_of(_train(folder, settings, inputs, own, base))
+
+
+def _train_sharded(
+    folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, before: Values, original: Values
+) -> tuple[list[ModelState], ModelGroups, RunState]:
+    """Train on a base that is sharded over the processes, and return what may be written."""
+    return _ends_of(_train(folder, settings, inputs, steering, load_base(settings.model, settings)))
+
+
+def _ends_of(trainer: LoRAPruneTrainer) -> tuple[list[ModelState], ModelGroups, RunState]:
     return trainer.ends(), trainer.live.groups, trainer.run_state
 
 
@@ -400,6 +427,8 @@ def _train(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Stee
     model = attach_lora(base, settings)
     if settings.adapter is not None:
         load_adapter(model, adapter_folder(settings.adapter))
+    if here().sharded:
+        shard(model, device_of(settings))
     sets = TrainingSets(
         inputs.trained,
         inputs.examples.get("forget"),
@@ -483,6 +512,7 @@ def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, origina
     libraries = ("loraprune", "torch", "transformers", "peft", "accelerate")
     return {
         "seed": settings.seed,
+        "processes": {"count": here().count, "sharded": here().sharded},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
         "weights_sha256": {**weights, **hashes["others_sha256"]},

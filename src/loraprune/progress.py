@@ -14,6 +14,7 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from loraprune.launch import here
 from loraprune.words import duration_text
 
 Advance = Callable[..., None]  # advance(steps=1, note="", new_total=None); an empty note leaves the last one
@@ -23,11 +24,21 @@ Advance = Callable[..., None]  # advance(steps=1, note="", new_total=None); an e
 def stage(title: str, total: int) -> Iterator[Advance]:
     """Show how far a stage of `total` steps is; the block gets advance(steps=1, note="").
 
-    Without a terminal on stderr one line is printed when the block ends, well or not: "train  320/320  41 s  loss 0.9".
+    Of several processes the first one shows it. Without a terminal on stderr one line is printed when the block ends,
+    well or not: "train  320/320  41 s  loss 0.9".
     """
-    shown = _bar(title, total) if sys.stderr.isatty() else _line(title, total)
-    with shown as advance:
+    shown = _bar if sys.stderr.isatty() else _line
+    with (shown if here().first else _nothing)(title, total) as advance:
         yield advance
+
+
+def show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
+    """Stand in for a progress bar."""
+
+
+@contextmanager
+def _nothing(title: str, total: int) -> Iterator[Advance]:
+    yield show_nothing
 
 
 @contextmanager

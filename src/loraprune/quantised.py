@@ -21,6 +21,7 @@ from transformers import BitsAndBytesConfig
 
 from loraprune.errors import UserError
 from loraprune.forms import read_model
+from loraprune.processes import unsharded
 from loraprune.settings import Settings
 
 Format = Literal["int8", "nf4"]
@@ -82,8 +83,8 @@ def weight_rows(module: nn.Module) -> WeightRows:
         return _int8_rows(module)
     if type(weight).__name__ == "Params4bit" and not weight.quant_state.nested:
         return _nf4_rows(weight)
-    whole = dequantize_module_weight(module).detach()  # a plain weight comes back as it is
-    return WeightRows(lambda rows: whole[rows])
+    plain = unsharded(dequantize_module_weight(module).detach())  # a plain weight comes back as it is
+    return WeightRows(lambda rows: plain[rows])
 
 
 def _int8_rows(module: Any) -> WeightRows:

@@ -6,7 +6,7 @@ Source   LoRAPrune, arXiv 2305.18403; per-example gates; mean activation x colum
 Symbols  consumer = attention output or down projection; its inputs are what a group gives to the rest of the model
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraprune.mask import LiveMask
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, logits_of, row_means
+from loraprune.processes import dealt, sum_gradients, summed
 from loraprune.records import DatasetType, GroupKind, LayerGroups, Metric, ProjectionGroups, ScoreLoss, Sensitivity
 from loraprune.sensitivity import base_of, compute_sensitivity
 from loraprune.settings import Settings
@@ -30,7 +31,7 @@ Scores = dict[GroupKind, Tensor]  # (L, G) each, float64
 def score_model(
     model: PeftModel,
     live: LiveMask,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     dataset_type: DatasetType,
     *,
     prune_metric: Metric,
@@ -43,8 +44,8 @@ def score_model(
     """Return the sensitivities of every group for one data set, from scoring passes of their own.
 
     The model runs in eval mode, without dropout; the loss is the sum over rows of the row's mean over answer tokens,
-    so batch size makes no difference. `magnitude` and `random` (which alone reads `seed`) run no pass. Leaves no
-    gradient behind.
+    so batch size makes no difference. `magnitude` and `random` (which alone reads `seed`) run no pass. Several
+    processes run some batches each. Leaves no gradient behind.
     """
     training = model.training
     model.eval()
@@ -53,14 +54,16 @@ def score_model(
             layer.training = training  # its only use of the flag: whether activations are computed twice
     model.zero_grad(set_to_none=True)
     how = {"power": power, "unit_norm": unit_norm}
+    rows = 1 if prune_metric in ("random", "magnitude") else sum(len(batch["input_ids"]) for batch in batches)
     if prune_metric == "random":
-        scores, rows = random_scores(live, dataset_type, seed), 1
+        scores = random_scores(live, dataset_type, seed)
     elif prune_metric == "gate":
-        scores, rows = _score_gates(model, live, batches, dataset_type, loss, how)
+        scores = _score_gates(model, live, batches, dataset_type, loss, how)
     elif prune_metric == "activation":
-        scores, rows = _score_activations(model, live, batches, dataset_type, how)
+        scores = _score_activations(model, live, batches, rows, dataset_type, how)
     else:
-        rows = _run(model, live, batches, loss, frozen_too=prune_metric == "grad") if prune_metric != "magnitude" else 1
+        if prune_metric != "magnitude":
+            _run(model, live, batches, loss, frozen_too=prune_metric == "grad")
         scores = read_weights(model, live, dataset_type, prune_metric, third_term=third_term, **how)
     model.zero_grad(set_to_none=True)
     model.train(training)
@@ -82,17 +85,16 @@ def as_asked(settings: Settings) -> dict[str, Any]:
 # --- what lies on weights after backward ------------------------------------------------------------------------------
 
 
-def _run(model: PeftModel, live: LiveMask, batches: Iterable[Batch], loss: ScoreLoss, *, frozen_too: bool) -> int:
-    """Leave the gradients of all batches on the adapters, or on the frozen weights in their place; return the rows."""
-    rows = 0
+def _run(model: PeftModel, live: LiveMask, batches: Sequence[Batch], loss: ScoreLoss, *, frozen_too: bool) -> None:
+    """Leave the gradients of all batches on the adapters, or on the frozen weights in their place."""
     with ExitStack() as stack:
         if frozen_too:
             stack.enter_context(frozen(model))
             stack.enter_context(gradients_on(prunable_weights(model, live)))
-        for batch in batches:
-            rows += len(batch["input_ids"])
-            _row_losses(model, batch, loss).sum().backward()
-    return rows
+        for batch, weight in dealt(batches):
+            (weight * _row_losses(model, batch, loss).sum()).backward()
+    if not frozen_too:
+        sum_gradients(model)
 
 
 def prunable_weights(model: PeftModel, live: LiveMask) -> list[Tensor]:
@@ -152,16 +154,16 @@ def _cut(live: LiveMask) -> Iterator[tuple[LayerGroups, ProjectionGroups]]:
 
 
 def _score_gates(
-    model: PeftModel, live: LiveMask, batches: Iterable[Batch], dataset_type: DatasetType, loss: ScoreLoss, how: Any
-) -> tuple[Scores, int]:
-    scores, rows = empty_scores(live), 0
+    model: PeftModel, live: LiveMask, batches: Sequence[Batch], dataset_type: DatasetType, loss: ScoreLoss, how: Any
+) -> Scores:
+    scores = empty_scores(live)
     with frozen(model):
-        for batch in batches:
-            rows += len(batch["input_ids"])
+        for batch, weight in dealt(batches):
             with live.gates(len(batch["input_ids"]), batch["input_ids"].device) as gates:
-                _row_losses(model, batch, loss).sum().backward()
+                (weight * _row_losses(model, batch, loss).sum()).backward()
             add_gates(scores, model, live, gates, dataset_type, how["power"])
-    return unit_norms(scores) if how["unit_norm"] else scores, rows
+    summed(scores.values())
+    return unit_norms(scores) if how["unit_norm"] else scores
 
 
 def add_gates(
@@ -181,17 +183,17 @@ def unit_norms(scores: Scores) -> Scores:
 
 
 def _score_activations(
-    model: PeftModel, live: LiveMask, batches: Iterable[Batch], dataset_type: DatasetType, how: Any
-) -> tuple[Scores, int]:
-    rows, sizes = 0, {}
+    model: PeftModel, live: LiveMask, batches: Sequence[Batch], rows: int, dataset_type: DatasetType, how: Any
+) -> Scores:
+    sizes = {}
     with torch.no_grad():
-        for batch in batches:
-            rows += len(batch["input_ids"])
+        for batch, weight in dealt(batches):
             for key, one in _input_sizes(model, live, batch).items():
-                sizes[key] = sizes.get(key, 0.0) + one
+                sizes[key] = sizes.get(key, 0.0) + weight * one
+    summed(sizes.values())
     scores = empty_scores(live)
     _add_consumers(scores, model, live, dataset_type, "activation", lambda key: {"activation": sizes[key] / rows}, how)
-    return {kind: one * rows for kind, one in scores.items()}, rows  # a mean already, unlike the other metrics' sums
+    return {kind: one * rows for kind, one in scores.items()}  # a mean already, unlike the other metrics' sums
 
 
 def _add_consumers(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from loraprune.processes import whole_gradient
 from loraprune.quantised import weight_rows
 from loraprune.records import DatasetType, GroupKind, Mask, Metric, ProjectionGroups, ScoreNorm, Sensitivity
 
@@ -148,7 +149,7 @@ def weight_importance(
 
     Raises ValueError when there should be a gradient and is none.
     """
-    gradient = base_of(layer).weight.grad if by_gradient else None
+    gradient = whole_gradient(base_of(layer).weight) if by_gradient else None
     if by_gradient and gradient is None:
         raise ValueError(f"{groups.module} has no gradient: metric grad is read after backward over the frozen weights")
     return _summed(layer, groups, power, None if gradient is None else lambda rows, buffer: gradient[rows])

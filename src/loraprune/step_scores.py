@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from loraprune.mask import LiveMask
+from loraprune.processes import summed
 from loraprune.records import Sensitivity
 from loraprune.scoring import (
     Scores,
@@ -70,7 +71,8 @@ class StepScores:
         elif values is None:
             how: dict[str, Any] = {**self.how, "third_term": settings.third_term}
             values = read_weights(self.model, self.live, "retain", settings.metric, **how)
-        elif settings.metric == "gate" and settings.score_norm == "module":
-            values = unit_norms(values)
+        elif settings.metric == "gate":
+            summed(values.values())
+            values = unit_norms(values) if settings.score_norm == "module" else values
         self.gathered = None
         return Sensitivity(values)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from pathlib import Path
+from tempfile import gettempdir
 from time import monotonic
 from typing import Any
 
@@ -34,25 +35,23 @@ from loraprune.checkpoint import (
     save_state,
 )
 from loraprune.data import Example, batches_by_length, collate
+from loraprune.launch import here
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
-from loraprune.model import merged
-from loraprune.progress import Advance, stage
+from loraprune.model import merged, takes_adapters_in
+from loraprune.processes import first_does, sum_gradients, summed
+from loraprune.progress import Advance, show_nothing, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
 from loraprune.records import DatasetType, Decision, Look, Sensitivity
 from loraprune.rules import Rules
 from loraprune.schedule import learning_rate_factor, planned_sparsity
 from loraprune.scoring import as_asked, score_model
 from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
-from loraprune.settings import PLAIN_BITS, Settings
+from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, take_look
 from loraprune.step_scores import StepScores
 
 Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
-
-
-def _show_nothing(steps: int = 1, note: str = "", new_total: int | None = None) -> None:
-    """Stand in for a progress bar."""
 
 
 class LoRAPruneTrainer(Trainer):
@@ -82,7 +81,7 @@ class LoRAPruneTrainer(Trainer):
         self.saved = load_state(self.state_folder) or SavedRun(RunState(main_end=main), fresh, fresh, {})
         self.run_state, self.good = self.saved.run_state, self.saved.good
         self.first_step, self.note = self.run_state.step, ""
-        self.advance: Advance = _show_nothing
+        self.advance: Advance = show_nothing
         self.repairing = False
         self.undone = 0  # roll-backs of the pruning step that is being tried
         self.clock = monotonic()
@@ -168,11 +167,12 @@ class LoRAPruneTrainer(Trainer):
     ) -> Tensor:
         """Take one step forward and back, in passes of `micro_batch_size` rows where that is set; return its loss.
 
-        A step that is scored leaves what the metric reads. The gradient is that of the whole batch in any size of pass,
-        but for dropout, which draws anew in every pass.
+        A step that is scored leaves what the metric reads. The gradient is that of the whole batch in any size of pass
+        and in any number of processes, but for dropout, which draws anew in every pass.
         """
         size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
-        if size is None or size >= max(len(one["input_ids"]) for one in inputs.values()):
+        fits = size is None or size >= max(len(one["input_ids"]) for one in inputs.values())
+        if fits and here().count == 1:
             with self._watched(rows):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
@@ -181,7 +181,7 @@ class LoRAPruneTrainer(Trainer):
             self.step_scores.take_frozen()
         return loss
 
-    def _step_in_parts(self, model: torch.nn.Module, inputs: Any, size: int) -> Tensor:
+    def _step_in_parts(self, model: torch.nn.Module, inputs: Any, size: int | None) -> Tensor:
         model.train()
         state, total = self.run_state, torch.zeros((), device=self.args.device)
         ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
@@ -190,6 +190,8 @@ class LoRAPruneTrainer(Trainer):
                 loss = part.loss()
                 self.accelerator.backward(loss)
             total += loss.detach()
+        sum_gradients(self.adapted)
+        summed([total])
         return total
 
     def _watched(self, rows: int) -> AbstractContextManager[None]:
@@ -214,7 +216,7 @@ class LoRAPruneTrainer(Trainer):
             self._finish()
         if acted or self._over:
             self._count_seconds()
-            save_state(self.state_folder, self.run_state, self._point(), self.good)
+            first_does(lambda: save_state(self.state_folder, self.run_state, self._point(), self.good))
         return self._over
 
     def _count_seconds(self) -> None:
@@ -395,12 +397,12 @@ class LoRAPruneTrainer(Trainer):
         """End at the best point that keeps its limits with the adapters merged, as it will be written.
 
         That is the model now, else the last good one, else the one to start from, which keeps them by definition. A
-        quantised base takes no adapters in: there the end is chosen afterwards, of `ends` in the original.
+        base that takes no adapters in leaves the choice for afterwards: of `ends`, in the original.
         """
         looked, now = self._look(), self._point()
         better, untouched = self._better(looked), self._untouched()
         broken = self.steering.limits.broken(looked) or ("band",)  # where none is, it is further from the band
-        if self.settings.base_bits < PLAIN_BITS:
+        if not takes_adapters_in(self.settings):
             if not better:
                 self._go_to(self.good)
                 self.record("roll_back", self._look(), broken=broken, tried=looked.sparsity)
@@ -525,7 +527,7 @@ def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Exa
 
 def _training_arguments(settings: Settings, output: Path, steps: int) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=str(output) if here().first else gettempdir(),  # Trainer makes the folder
         max_steps=steps,
         learning_rate=settings.learning_rate,
         weight_decay=0.0,
@@ -533,7 +535,7 @@ def _training_arguments(settings: Settings, output: Path, steps: int) -> Trainin
         logging_steps=settings.prune_every,
         save_strategy="no",
         eval_strategy="no",
-        report_to=list(settings.report_to) or "none",
+        report_to=list(settings.report_to) if settings.report_to and here().first else "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=settings.device == "cpu",
