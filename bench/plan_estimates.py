@@ -193,10 +193,11 @@ def _resident(held: psutil.Process) -> int:
 
 
 def by_stage(seen: Watched) -> tuple[dict[str, int], dict[str, float]]:
-    """Return peaks and seconds by stage: an event stands at a stage's end, and a score says how long it took."""
+    """Return peaks and seconds by stage: an event stands at a stage's end, a score's at that of the look after it."""
     ends = [when for when, one in seen.events if one["event"] == "stage" and one["name"] == "evaluate"]
     trained = next(when for when, one in seen.events if one["event"] == "stage" and one["name"] == "train")
-    scored = [(when - one["duration"], when) for when, one in seen.events if one["event"] == "score"]
+    looked = [(when - one["look_duration"], one["duration"]) for when, one in seen.events if one["event"] == "score"]
+    scored = [(end - duration, end) for end, duration in looked]
     assert seen.exported is not None
     spans = {
         "evaluate before": [(0.0, ends[0])],

@@ -254,10 +254,12 @@ class LoRAPruneTrainer(Trainer):
     def _prune(self, planned: float) -> None:
         begun, passes = monotonic(), self.settings.score_from == "passes"
         broken = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
-        looked, duration = self._look(), round(monotonic() - begun, 3)
+        scored = monotonic()
+        looked = self._look()
+        took = {"duration": round(scored - begun, 3), "look_duration": round(monotonic() - scored, 3)}
         rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored() if passes}
-        self.run_state.score_seconds += duration
-        self.record("score", looked, rows=rows, non_finite=joined(broken.values()), duration=duration)
+        self.run_state.score_seconds += took["duration"]
+        self.record("score", looked, rows=rows, non_finite=joined(broken.values()), **took)
         if any(broken.values()) or self.run_state.sensitivities.retain.totals is None:
             return
         if not self.steering.limits.broken(looked):

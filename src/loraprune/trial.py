@@ -203,10 +203,8 @@ class Trial:
         passes = self.settings.score_from == "passes"
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "train": self.load_seconds
-            + costs["train"].seconds(self._training_passes())
-            + (self._looks - rounds) * look,
-            "score": rounds * (passes * self.score_seconds + look),  # each scoring ends with a look
+            "train": self.load_seconds + costs["train"].seconds(self._training_passes()) + self._looks * look,
+            "score": rounds * passes * self.score_seconds,
             "export": export_seconds,
             "evaluate after": evaluate,
         }
