@@ -47,7 +47,7 @@ def suppress(world, path):
         forget_batch_size=32,
         pad_token_id=0,
         seed=0,
-        length=40,
+        steps=range(40),
     )
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-3)
     for step in range(len(batches)):

@@ -348,7 +348,7 @@ def make_pairs(retain: int = 7, forget: int | None = 3, seed: int = 0, **sizes: 
         forget_batch_size=sizes.get("forget_batch_size", 2),
         pad_token_id=0,
         seed=seed,
-        length=14,
+        steps=range(14),
     )
 
 

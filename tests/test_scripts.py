@@ -339,7 +339,7 @@ def test_withheld_rows_are_half_floor_half_final(withheld):
 def grouped(lengths, size, **changes):
     examples = [Example((3,) * length, (3,) * length, (False,) * length) for length in lengths]
     sizes = {"retain_batch_size": size, "forget_batch_size": 1, "pad_token_id": 0}
-    return PairedBatches(examples, None, **sizes, seed=4, length=200, group_by_length=True, **changes)
+    return PairedBatches(examples, None, **sizes, seed=4, steps=range(200), group_by_length=True, **changes)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])

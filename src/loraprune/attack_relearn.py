@@ -129,7 +129,7 @@ def _batches(attacked: AttackedModel, rows: Sequence[Row], batch_size: int) -> P
         forget_batch_size=batch_size,
         pad_token_id=attacked.pad_token_id,
         seed=settings.seed,
-        length=settings.attack_steps,
+        steps=range(settings.attack_steps),
     )
 
 

@@ -1,7 +1,7 @@
 """Batches: which rows of each set a training step sees; a function of the seed and the step alone.
 
 Reads    tokenised sets
-Gives    PairedBatches
+Gives    PairedBatches, score_sample
 Source   -
 Symbols  b rows of a batch
 """
@@ -83,10 +83,10 @@ def _group_by_length(order: Sequence[int], lengths: Sequence[int], size: int, be
 
 
 class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
-    """Item `step` is {"retain": batch, "forget": batch, "already_forgotten": batch}, without those that are not there.
+    """An item, a step's, is {"retain": batch, "forget": batch, "already_forgotten": batch}, without those not there.
 
     A batch is what `collate` gives, and `rows`, (b,): where its examples stand in their set.
-    Each set has its own batch size and its own seeded, endless shuffle; item `step` depends on (seed, step) alone, so
+    Each set has its own batch size and its own seeded, endless shuffle; a step's item depends on (seed, step) alone, so
     a resumed run sees the same data. To be read in order: a sampler that shuffles would shuffle twice.
     """
 
@@ -100,7 +100,7 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
         forget_batch_size: int,
         pad_token_id: int,
         seed: int,
-        length: int,
+        steps: range,
         group_by_length: bool = False,
     ) -> None:
         self.streams = [_Stream("retain", retain, retain_batch_size, seed, group_by_length)]
@@ -109,12 +109,18 @@ class PairedBatches(Dataset[dict[str, dict[str, Tensor]]]):
         if already_forgotten:
             held = _Stream("already_forgotten", already_forgotten, forget_batch_size, seed, group_by_length)
             self.streams.append(held)
-        self.pad_token_id, self.length = pad_token_id, length
+        self.pad_token_id, self.steps = pad_token_id, steps
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.steps)
 
-    def __getitem__(self, step: int) -> dict[str, dict[str, Tensor]]:
-        if not 0 <= step < self.length:
-            raise IndexError(f"step {step} of {self.length}")
-        return {stream.name: stream.batch(step, self.pad_token_id) for stream in self.streams}
+    def __getitem__(self, index: int) -> dict[str, dict[str, Tensor]]:
+        return {stream.name: stream.batch(self.steps[index], self.pad_token_id) for stream in self.streams}
+
+
+def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Return the same sample at every pruning step, so that scores differ by the model alone."""
+    if len(examples) <= count:
+        return list(examples)
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
+    return [examples[index] for index in sorted(chosen.tolist())]

@@ -19,11 +19,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loraprune.balance import Balance, TrainingSets, joined
-from loraprune.batches import PairedBatches
+from loraprune.batches import PairedBatches, score_sample
 from loraprune.checkpoint import (
     Point,
     RunState,
@@ -119,13 +119,13 @@ class LoRAPruneTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return batches of both sets; the order is a function of the seed and the step alone."""
-        batches = self._paired_from(self.first_step, self.args.max_steps - self.first_step)
+        batches = self._paired(self.first_step, self.args.max_steps)
         # A generator of its own: else the loader would draw its seed from the random state that a resumed run restored.
         return DataLoader(batches, batch_size=None, shuffle=False, generator=torch.Generator())
 
-    def _paired_from(self, step: int, count: int) -> "_From":
-        """Return the batches of `count` steps from a step on."""
-        pairs = PairedBatches(
+    def _paired(self, first: int, end: int) -> PairedBatches:
+        """Return the batches from one step to before another."""
+        return PairedBatches(
             self.sets.taught,
             self.sets.forget,
             joined(self.sets.already_forgotten),
@@ -133,10 +133,9 @@ class LoRAPruneTrainer(Trainer):
             forget_batch_size=self.settings.forget_batch_size,
             pad_token_id=self.sets.pad_token_id,
             seed=self.settings.seed,
-            length=step + count,
+            steps=range(first, end),
             group_by_length=self.settings.group_by_length,
         )
-        return _From(pairs, step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Return a linear rise, a plateau while pruning, and a linear fall that starts when pruning ends."""
@@ -351,7 +350,8 @@ class LoRAPruneTrainer(Trainer):
         """Take `recovery_steps` optimizer steps without the forget loss, on the batches of the steps to come."""
         was, self.run_state.forgetting = self.run_state.forgetting, False
         self.repairing = True
-        batches = self._paired_from(self.run_state.step, self.settings.recovery_steps)
+        step = self.run_state.step
+        batches = self._paired(step, step + self.settings.recovery_steps)
         for batch in (batches[index] for index in range(len(batches))):
             self.training_step(self.adapted, batch)
             norm = self.accelerator.clip_grad_norm_(self.adapted.parameters(), self.args.max_grad_norm)
@@ -483,19 +483,6 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, float]:
     return flat
 
 
-class _From(Dataset[Any]):
-    """A data set from one of its items on."""
-
-    def __init__(self, whole: PairedBatches, first: int) -> None:
-        self.whole, self.first = whole, first
-
-    def __len__(self) -> int:
-        return len(self.whole) - self.first
-
-    def __getitem__(self, index: int) -> dict[str, dict[str, Tensor]]:
-        return self.whole[self.first + index]
-
-
 class _Between(TrainerCallback):
     """Calls the trainer back between steps; Trainer has no method of its own for that."""
 
@@ -517,14 +504,6 @@ class _Between(TrainerCallback):
         if logs and "loss" in logs:
             kept = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
             self.trainer.event("train", step=self.trainer.run_state.step, **kept)
-
-
-def score_sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Return the same sample at every pruning step, so that scores differ by the model alone."""
-    if len(examples) <= count:
-        return list(examples)
-    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
-    return [examples[index] for index in sorted(chosen.tolist())]
 
 
 def _training_arguments(settings: Settings, output: Path, steps: int) -> TrainingArguments:

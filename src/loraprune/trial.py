@@ -15,6 +15,7 @@ from typing import Any
 
 from loraprune.adapter import adapter_folder, load_adapter
 from loraprune.balance import TrainingSets, joined
+from loraprune.batches import score_sample
 from loraprune.data import Example
 from loraprune.errors import UserError
 from loraprune.estimate import (
@@ -49,7 +50,7 @@ from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sens
 from loraprune.settings import PLAIN_BITS, Settings
 from loraprune.steering import NOT_LOOKED_AT, Ceiling, Probe, Probes, Steering
 from loraprune.surgery import cut_weights
-from loraprune.trainer import LoRAPruneTrainer, score_sample
+from loraprune.trainer import LoRAPruneTrainer
 
 Values = dict[str, Any]
 TRIAL_ROWS = 8  # of a pass whose size is not known yet
