@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_mask, masked
+from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
 
 from loraprune import checkpoint
 from loraprune.checkpoint import Point, RunState, load_state, moments_of, restore_moments, restore_random, save_state
 from loraprune.pruning import restore_state, take_state
-from loraprune.records import KINDS, Group, Look, Removal
+from loraprune.records import Group, Look, Removal
 from loraprune.sensitivity import MovingAverage, SensitivityDict
 
 REMOVALS = [

@@ -22,7 +22,7 @@ from loraprune.folder import whole_folder, write_json
 from loraprune.mask import LiveMask
 from loraprune.model import attach_lora, load_measured, load_model
 from loraprune.pruning import ModelState, restore_state
-from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups, removal_columns
+from loraprune.records import Limit, Look, Mask, ModelGroups, removal_columns
 from loraprune.rules import Rules, removed_share, smallest_share
 from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, look_at
@@ -77,8 +77,8 @@ def _cut_original(
 
 def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mask, rules: Rules) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
-    kept = {kind: mask.kept[kind].sum(1).tolist() for kind in KINDS}
-    counts = {kind: {"before": sum(len(row) for row in mask.kept[kind]), "after": sum(kept[kind])} for kind in KINDS}
+    kept = {kind: mask.kept[kind].sum(1).tolist() for kind in groups.layers}
+    counts = {kind: {"before": mask.kept[kind].numel(), "after": sum(kept[kind])} for kind in groups.layers}
     write_json(
         folder / "decision.json",
         {

@@ -16,12 +16,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
+from loraprune.records import GroupKind, Mask, ModelGroups, ProjectionGroups
 
 
 def full_mask(groups: ModelGroups) -> Mask:
     """Return the mask that keeps everything."""
-    return Mask({kind: torch.ones(len(groups.layers[kind]), groups.count(kind), dtype=torch.bool) for kind in KINDS})
+    return Mask({kind: torch.ones(groups.depth, groups.count(kind), dtype=torch.bool) for kind in groups.layers})
 
 
 _MASKS: "WeakKeyDictionary[nn.Module, LiveMask]" = WeakKeyDictionary()
@@ -90,13 +90,13 @@ class LiveMask:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._hooks: dict[tuple[GroupKind, int], _Hook] = {
             (kind, one.layer): _Hook(base.get_submodule(one.consumer.module), one.consumer)
-            for kind in KINDS
-            for one in groups.layers[kind]
+            for kind, layers in groups.layers.items()
+            for one in layers
         }
         self._norms: list[tuple[GroupKind, int, _NormHook]] = [
             (kind, one.layer, _NormHook(base.get_submodule(norm.module), norm))
-            for kind in KINDS
-            for one in groups.layers[kind]
+            for kind, layers in groups.layers.items()
+            for one in layers
             for norm in one.norms
         ]
 

@@ -37,7 +37,7 @@ from loraprune.groups import (
     projections_of,
 )
 from loraprune.quantised import FORMATS, load_quantised, refuse_without_bitsandbytes
-from loraprune.records import ModelGroups
+from loraprune.records import AttentionUnit, ModelGroups
 from loraprune.settings import PLAIN_BITS, Settings
 
 
@@ -195,9 +195,9 @@ def load_base(name: str, settings: Settings) -> Any:
     return load_quantised(name, settings, FORMATS[settings.base_bits], device_of(settings))
 
 
-def base_groups(base: Any, config: PretrainedConfig) -> ModelGroups:
+def base_groups(base: Any, config: PretrainedConfig, unit: AttentionUnit = "kv_group") -> ModelGroups:
     """Return the groups of a loaded base; a quantised one's weights have other shapes, so the config tells."""
-    return meta_groups(config) if getattr(base, "is_quantized", False) else find_groups(base, config)
+    return meta_groups(config, unit) if getattr(base, "is_quantized", False) else find_groups(base, config, unit)
 
 
 def load_measured(name: str, settings: Settings) -> Any:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-GroupKind = Literal["kv_group", "ffn_channel"]
-KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
+AttentionUnit = Literal["kv_group", "q_head"]
+GroupKind = Literal["kv_group", "q_head", "ffn_channel"]  # a model has two: its attention unit, and channels
 DatasetType = Literal["forget", "retain"]
 Metric = Literal["lora", "gate", "grad", "activation", "magnitude", "random"]
 OF_TRAINING: tuple[Metric, ...] = ("lora", "gate", "grad", "magnitude", "random")  # read from a training step
@@ -68,10 +68,11 @@ class LayerGroups:
     layer: int
     kind: GroupKind
     count: int
-    producers: tuple[ProjectionGroups, ...]  # q, k, v or gate, up: rows go
+    producers: tuple[ProjectionGroups, ...]  # q, k, v (q alone for q_heads) or gate, up: rows go
     consumer: ProjectionGroups  # o or down: columns go
     parameters_per_group: int
     norms: tuple[ProjectionGroups, ...] = ()  # those that span all groups: cut with them, and scored by no metric
+    divisions: int = 1  # equal runs of the groups, of which each loses the same number: of q_heads the kv_groups
 
     @property
     def projections(self) -> tuple[ProjectionGroups, ...]:
@@ -91,7 +92,7 @@ class ModelGroups:
     family: str
     layers: Mapping[GroupKind, tuple[LayerGroups, ...]]
     total_parameters: int
-    allowed_kv_groups: frozenset[int]  # numbers of kept kv_groups for which the family has a stock checkpoint
+    allowed_attention: frozenset[int]  # numbers of kept attention groups for which the family has a stock checkpoint
 
     def count(self, kind: GroupKind) -> int:
         return self.layers[kind][0].count
@@ -99,6 +100,11 @@ class ModelGroups:
     def slice_parameters(self, kind: GroupKind) -> int:
         """Return the parameters of one slice: one group of the kind in every layer."""
         return sum(layer.parameters_per_group for layer in self.layers[kind])
+
+    @property
+    def attention(self) -> AttentionUnit:
+        """Return which kind the groups of attention are."""
+        return "kv_group" if "kv_group" in self.layers else "q_head"
 
     @property
     def depth(self) -> int:

@@ -69,7 +69,7 @@ class Trial:
         base = load_base(settings.model, settings)
         self.load_seconds = perf_counter() - begun
         self.weights = weight_bytes(base)
-        self.groups = base_groups(base, inputs.config)
+        self.groups = base_groups(base, inputs.config, settings.attention_unit)
         self.quantised = settings.base_bits != PLAIN_BITS
         self.plain = self.groups.total_parameters * base.get_input_embeddings().weight.itemsize
         model = attach_lora(base, settings)
