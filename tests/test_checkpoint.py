@@ -51,6 +51,20 @@ def save(folder, run_state, model, optimizer=None):
     return now
 
 
+def test_what_survivors_are_multiplied_by_comes_back_with_the_mask(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    live.set(dataclasses.replace(live.value, factors={kind: torch.tensor([1.25, 1.0]) for kind in KINDS}))
+    saved = save(tmp_path / "state", make_state(live), model)
+    found = load_state(tmp_path / "state").now.state
+    assert found.equals(saved.state) and found.mask.factor("kv_group", 0) == 1.25
+    live.set(dataclasses.replace(live.value, factors={kind: torch.tensor([1.25, 1.5]) for kind in KINDS}))
+    assert not take_state(model).equals(found)
+    restore_state(model, found)
+    assert take_state(model).equals(found)
+    live.set(dataclasses.replace(live.value, factors={}))
+    assert not take_state(model).equals(found) and not found.equals(take_state(model))
+
+
 def averages(live, seed):
     source = torch.Generator().manual_seed(seed)
     return {kind: torch.rand(live.value.kept[kind].shape, generator=source, dtype=torch.float64) / 3 for kind in KINDS}

@@ -1,6 +1,7 @@
 """The checkpoint that is written says what the masked model said, in a process that knows stock transformers only."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ CONFIGS = {
     "olmo2_biased": lambda: Olmo2Config(**SIZES, **GROUPED, attention_bias=True),
 }
 KV_REMOVED = {"llama_biased": 2, "wide_heads": 1}  # as many as leave a head count the class allows; else 1
+RESCALED = ("llama_biased", "qwen2_heads", "gemma2", "phi3", "olmo2_heads")  # what is left is multiplied by a factor
 CLASS = {
     "llama_mha": "MistralForCausalLM",  # 3 heads do not divide 32
     "llama_gqa": "MistralForCausalLM",  # nor do 6
@@ -116,6 +118,8 @@ def export_pruned(name, tokenizer, folder):
     """Export a model with trained adapters and a mask; return the logits of the live model before."""
     model, groups, live = masked(CONFIGS[name](), unit=unit_of(name))
     mask = make_mask(groups, {groups.attention: removed_heads(name, groups), "ffn_channel": [[0, 9, 23], [1, 2, 3]]})
+    if name in RESCALED:
+        mask = replace(mask, factors={kind: torch.tensor([1.25, 0.875]) for kind in groups.layers})
     live.set(mask)
     expected = logits_of(model, BATCH)
     live.remove()

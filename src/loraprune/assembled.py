@@ -72,10 +72,10 @@ def _read_mask(folder: Path, base: Any, config: PretrainedConfig) -> tuple[Model
             "it says which groups are removed; without it the unpruned model would be measured.",
             "name the folder of a run, or its adapter folder where it lies.",
         )
-    kept: Any = load_file(path)
-    groups = find_groups(base, config, "q_head" if "q_head" in kept else "kv_group")
+    mask = Mask.from_tensors(load_file(path))
+    groups = find_groups(base, config, "q_head" if "q_head" in mask.kept else "kv_group")
     shapes = {kind: tuple(one.shape) for kind, one in full_mask(groups).kept.items()}
-    if {kind: tuple(one.shape) for kind, one in kept.items()} != shapes:
+    if {kind: tuple(one.shape) for kind, one in mask.kept.items()} != shapes:
         said = ", ".join(f"{kind} {shape}" for kind, shape in shapes.items())
         raise UserError(f"{path} is of another model.", f"this one has {said}.", "give the model of that run.")
-    return groups, Mask(kept)
+    return groups, mask

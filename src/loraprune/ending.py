@@ -92,9 +92,10 @@ def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mas
             "sparsity": mask.sparsity(groups),
             "groups": counts,
             "kept_by_layer": kept,
+            **({"factors": {kind: one.tolist() for kind, one in mask.factors.items()}} if mask.factors else {}),
             "removals": removal_columns(state.removals),
         },
     )
     temporary = folder / "mask.safetensors.part"
-    save_file({**mask.kept}, temporary)
+    save_file(mask.tensors(), temporary)
     temporary.replace(folder / "mask.safetensors")

@@ -35,7 +35,7 @@ def mask_of(model: nn.Module) -> "LiveMask":
 
 
 class _Hook:
-    """Multiplies one consumer's input by its mask and, while scoring, by a gate."""
+    """Multiplies one consumer's input by its mask and the mask's factor and, while scoring, by a gate."""
 
     def __init__(self, module: nn.Module, consumer: ProjectionGroups) -> None:
         self.consumer = consumer
@@ -51,9 +51,9 @@ class _Hook:
             states = (states * self.gate.to(states.device)).to(states.dtype)
         return (states, *arguments[1:])
 
-    def set(self, kept: Tensor) -> None:
+    def set(self, kept: Tensor, factor: float) -> None:
         whole = bool(kept.all())
-        self.factor = None if whole else kept.repeat_interleave(self.consumer.size).float()
+        self.factor = None if whole else kept.repeat_interleave(self.consumer.size).float() * factor
 
 
 class _NormHook:
@@ -104,7 +104,7 @@ class LiveMask:
         """Lay a mask over the model, in place of the one before."""
         self.value = mask
         for (kind, layer), hook in self._hooks.items():
-            hook.set(mask.kept[kind][layer])
+            hook.set(mask.kept[kind][layer], mask.factor(kind, layer))
         for kind, layer, norm in self._norms:
             norm.set(mask.kept[kind][layer])
 

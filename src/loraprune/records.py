@@ -8,7 +8,7 @@ Symbols  L layers, G groups of a kind in a layer; "kept" is a boolean array (L, 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,9 +113,29 @@ class ModelGroups:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which groups are kept: for every kind a boolean tensor (L, G)."""
+    """Which groups are kept: for every kind a boolean tensor (L, G); and what the kept ones are multiplied by.
+
+    `factors`: for every kind a float32 tensor (L,); empty where survivors are not rescaled.
+    """
 
     kept: Mapping[GroupKind, "Tensor"]
+    factors: Mapping[GroupKind, "Tensor"] = field(default_factory=dict)
+
+    def factor(self, kind: GroupKind, layer: int) -> float:
+        """Return what the inputs of a layer's consumer are multiplied by."""
+        return float(self.factors[kind][layer]) if self.factors else 1.0
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Return the mask as a file holds it: kept groups by kind, factors by kind and "factor"."""
+        return {**self.kept, **{f"{kind}.factor": one for kind, one in self.factors.items()}}
+
+    @staticmethod
+    def from_tensors(tensors: "Mapping[Any, Tensor]") -> "Mask":
+        """Return the mask that `tensors` gave."""
+        factors: dict[Any, Tensor] = {
+            name.removesuffix(".factor"): one for name, one in tensors.items() if name.endswith(".factor")
+        }
+        return Mask({name: one for name, one in tensors.items() if not name.endswith(".factor")}, factors)
 
     def removed_parameters(self, groups: ModelGroups) -> int:
         return sum(
@@ -133,7 +153,7 @@ class Mask:
         kept: dict[GroupKind, Tensor] = {kind: one.clone() for kind, one in self.kept.items()}
         for one in removed:
             kept[one.group.kind][one.group.layer, one.group.index] = False
-        return Mask(kept)
+        return dataclasses.replace(self, kept=kept)
 
 
 @dataclass(frozen=True)

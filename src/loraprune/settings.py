@@ -270,6 +270,12 @@ class Settings:
         "whole.",
         allowed=NOT_NEGATIVE,
     )
+    rescale_survivors: bool = setting(
+        False,
+        "decision",
+        "Multiply what is left in a layer by a factor, so that the layer's output keeps its size on the scored retain "
+        "rows when groups go; the factor ends up in the weights.",
+    )
     frozen_layers: tuple[str, ...] = setting(
         (),
         "decision",

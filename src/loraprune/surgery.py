@@ -17,7 +17,9 @@ from loraprune.records import GroupKind, Mask, ModelGroups, ProjectionGroups
 
 
 def cut_weights(weights: Mapping[str, Tensor], groups: ModelGroups, mask: Mask) -> dict[str, Tensor]:
-    """Return the weights without the removed groups; weights that lose nothing are returned as they are.
+    """Return the weights without the removed groups, the factors of the others in the weights that read them.
+
+    Weights that lose nothing are returned as they are.
 
     Raises ValueError where kv_groups keep different numbers of q_heads: heads would read another's keys and values.
     """
@@ -30,6 +32,8 @@ def cut_weights(weights: Mapping[str, Tensor], groups: ModelGroups, mask: Mask) 
             if not kept.all():
                 for module, parts in one.by_module.items():
                     _cut_module(cut, module, parts, kept)
+                consumer, factor = f"{one.consumer.module}.weight", mask.factor(kind, one.layer)
+                cut[consumer] = cut[consumer] * factor if factor != 1.0 else cut[consumer]
     return cut
 
 
