@@ -47,7 +47,7 @@ CONFIGS = {
     "olmo2_biased": lambda: Olmo2Config(**SIZES, **GROUPED, attention_bias=True),
 }
 KV_REMOVED = {"llama_biased": 2, "wide_heads": 1}  # as many as leave a head count the class allows; else 1
-RESCALED = ("llama_biased", "qwen2_heads", "gemma2", "phi3", "olmo2_heads")  # what is left is multiplied by a factor
+RESCALED = ("llama_biased", "qwen2_heads", "gemma2", "phi3", "llama_heads")  # what is left is multiplied by a factor
 CLASS = {
     "llama_mha": "MistralForCausalLM",  # 3 heads do not divide 32
     "llama_gqa": "MistralForCausalLM",  # nor do 6

@@ -201,12 +201,14 @@ class Trial:
         other = self.load_seconds + self._over(costs["evaluate"], ["forget"] if self.settings.is_unlearning else [])
         look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
         passes = self.settings.score_from == "passes"
+        sample = costs["look"].seconds(passes_over(self.sample["retain"], self.settings.evaluate_batch_size))
+        rescaling = 2 * sample * self.settings.rescale_survivors  # outputs are measured before and after
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
             "train": self.load_seconds
             + costs["train"].seconds(self._training_passes())
             + (self._looks - rounds) * look,
-            "score": rounds * (passes * self.score_seconds + look),  # each scoring ends with a look
+            "score": rounds * (passes * self.score_seconds + look + rescaling),  # each scoring ends with a look
             "export": export_seconds,
             "evaluate after": evaluate,
         }
