@@ -26,7 +26,7 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask
 from loraprune.memory import traced
 from loraprune.objectives import logits_of, retain_loss
-from loraprune.records import KINDS, Mask, ProjectionGroups
+from loraprune.records import Mask, ProjectionGroups
 from loraprune.sensitivity import adapter_gradient, adapter_importance
 from loraprune.settings import settings_from
 from loraprune.step_scores import StepScores
@@ -155,7 +155,7 @@ class Training:
 
 def make_training(model: LlamaForCausalLM, rows: int, length: int) -> Training:
     groups = find_groups(model, model.config)
-    of_layers = [one for kind in KINDS for one in groups.layers[kind]]
+    of_layers = [one for layers in groups.layers.values() for one in layers]
     names = {one.module.rpartition(".")[2] for layer in of_layers for one in layer.projections}
     adapted: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=sorted(names)))
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
@@ -289,7 +289,7 @@ def measure_cut(sizes: Sizes) -> Values:
 def cut_model(dense: LlamaForCausalLM, part: float) -> Any:
     """Return the model without this part of every layer's groups, as it would be loaded."""
     groups = find_groups(dense, dense.config)
-    kept = {kind: torch.arange(groups.count(kind)) >= round(part * groups.count(kind)) for kind in KINDS}
+    kept = {kind: torch.arange(groups.count(kind)) >= round(part * groups.count(kind)) for kind in groups.layers}
     mask = Mask({kind: one.repeat(groups.depth, 1) for kind, one in kept.items()})
     weights = cut_weights({name: one.detach() for name, one in dense.state_dict().items()}, groups, mask)
     model = AutoModelForCausalLM.from_config(cut_config(dense.config, groups, mask))

@@ -42,6 +42,7 @@ VOCABULARY = 259  # 256 bytes and three special tokens
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+KINDS = ("kv_group", "ffn_channel")  # of a model whose attention goes by whole kv_groups
 
 
 # As in SmolLM 135M: three kv_groups of three query heads each.
@@ -87,6 +88,23 @@ FAMILY_CONFIGS = {
 }
 
 
+SHARED = {"num_attention_heads": 8, "num_key_value_heads": 2}
+HEAD_CONFIGS = {  # of these, single query heads go
+    "llama_heads": lambda: _config(LlamaConfig, **SHARED),
+    "llama_mqa": lambda: _config(LlamaConfig, num_attention_heads=8, num_key_value_heads=1),
+    "qwen2_heads": lambda: _config(Qwen2Config, **SHARED),
+    "qwen3_heads": lambda: _config(Qwen3Config, **SHARED, head_dim=8),
+    "gemma2_heads": lambda: _config(Gemma2Config, **SHARED, **GEMMA2),
+    "phi3_heads": lambda: _config(Phi3Config, **SHARED),
+    "olmo2_heads": lambda: _config(Olmo2Config, **SHARED),
+}
+
+
+def unit_of(name):
+    """What goes of the attention of a config of the tables above."""
+    return "q_head" if name in HEAD_CONFIGS else "kv_group"
+
+
 def make_model(config, seed=0, dtype=torch.float32):
     """A model whose weights give logits of about 1; biases and norms are random too, none is 0 or 1."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -116,13 +134,13 @@ def adapted(model, seed=0, **settings):
     return wrapped.eval()
 
 
-def masked(config, seed=0, **settings):
+def masked(config, seed=0, unit="kv_group", **settings):
     """An adapted model, its groups and its live mask."""
     from loraprune.groups import find_groups
     from loraprune.mask import LiveMask
 
     base = make_model(config, seed)
-    groups = find_groups(base, config)
+    groups = find_groups(base, config, unit)
     model = adapted(base, seed, **settings)
     return model, groups, LiveMask(model, groups)
 
@@ -136,6 +154,13 @@ def make_mask(groups, removed):
         for layer, indices in enumerate(layers):
             mask.kept[kind][layer, indices] = False
     return mask
+
+
+def some_heads(groups, number, turn=0):
+    """So many q_heads of every kv_group, other ones in each."""
+    one = groups.layers["q_head"][0]
+    size = one.count // one.divisions
+    return [part * size + (part + turn + place) % size for part in range(one.divisions) for place in range(number)]
 
 
 def make_batch(rows=4, length=9, seed=0, prompt=3, vocabulary=VOCABULARY):

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_mask, masked
+from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
 
 from loraprune import checkpoint
 from loraprune.checkpoint import Point, RunState, load_state, moments_of, restore_moments, restore_random, save_state
 from loraprune.pruning import restore_state, take_state
-from loraprune.records import KINDS, Group, Look, Removal
+from loraprune.records import Group, Look, Removal
 from loraprune.sensitivity import MovingAverage, SensitivityDict
 
 REMOVALS = [
@@ -49,6 +49,20 @@ def save(folder, run_state, model, optimizer=None):
     now = point(model, optimizer or make_optimizer(model))
     save_state(folder, run_state, now, now)
     return now
+
+
+def test_what_survivors_are_multiplied_by_comes_back_with_the_mask(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    live.set(dataclasses.replace(live.value, factors={kind: torch.tensor([1.25, 1.0]) for kind in KINDS}))
+    saved = save(tmp_path / "state", make_state(live), model)
+    found = load_state(tmp_path / "state").now.state
+    assert found.equals(saved.state) and found.mask.factor("kv_group", 0) == 1.25
+    live.set(dataclasses.replace(live.value, factors={kind: torch.tensor([1.25, 1.5]) for kind in KINDS}))
+    assert not take_state(model).equals(found)
+    restore_state(model, found)
+    assert take_state(model).equals(found)
+    live.set(dataclasses.replace(live.value, factors={}))
+    assert not take_state(model).equals(found) and not found.equals(take_state(model))
 
 
 def averages(live, seed):

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, adapted, make_batch, make_mask, make_model, run_values
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, KINDS, SIZES, adapted, make_batch, make_mask, make_model, run_values
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraprune.decision import decide_compression, decide_unlearning
 from loraprune.groups import find_groups, meta_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.pipeline import run
-from loraprune.records import KINDS, Group
+from loraprune.records import Group
 from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
 from loraprune.scoring import score_model
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
@@ -27,7 +27,7 @@ FREE = Rules(widths="per_layer")
 def scores(groups=GROUPS, *, value=0.0, **some):
     """Sensitivities of one value, except at these: kv_group or ffn_channel = {(layer, index): value}."""
     values = {}
-    for kind in KINDS:
+    for kind in groups.layers:
         values[kind] = torch.full((groups.depth, groups.count(kind)), value, dtype=torch.float64)
         for place, one in some.get(kind, {}).items():
             values[kind][place] = one
@@ -36,7 +36,7 @@ def scores(groups=GROUPS, *, value=0.0, **some):
 
 def random_scores(seed, groups=GROUPS):
     source = torch.Generator().manual_seed(seed)
-    shapes = {kind: (groups.depth, groups.count(kind)) for kind in KINDS}
+    shapes = {kind: (groups.depth, groups.count(kind)) for kind in groups.layers}
     return {kind: torch.rand(shape, generator=source, dtype=torch.float64) * 2 for kind, shape in shapes.items()}
 
 
@@ -259,16 +259,73 @@ def test_a_model_of_one_layer_obeys_the_same_head_counts(slices):
         compress(retain, budget=budget, rules=Rules(), groups=groups),
     ):
         left = full_mask(groups).without(decision.removals).kept["kv_group"][0].sum().item()
-        assert left in groups.allowed_kv_groups
+        assert left in groups.allowed_attention
+
+
+# --- query heads ---
+
+HEADS = meta_groups(HEAD_CONFIGS["llama_heads"](), "q_head")  # 2 layers of 2 kv_groups with 4 q_heads each
+
+
+def left_in_each(decision, groups, kept=None):
+    """The numbers of q_heads that each kv_group of each layer keeps."""
+    after = (kept or full_mask(groups)).without(decision.removals).kept["q_head"]
+    return after.reshape(groups.depth, groups.layers["q_head"][0].divisions, -1).sum(2).tolist()
+
+
+def test_every_kv_group_loses_as_many_q_heads_and_each_its_own_worst():
+    needed = scores(HEADS, value=1.0, q_head={(0, 0): 0.1, (0, 1): 0.2, (0, 6): 0.9, (1, 3): 0.3, (1, 4): 0.4})
+    budget = 2 * 2 * HEADS.slice_parameters("q_head")
+    decision = compress(needed, groups=HEADS, rules=Rules(round_to=100), budget=budget)
+    first = [Group(0, "q_head", 0), Group(0, "q_head", 6), Group(1, "q_head", 3), Group(1, "q_head", 4)]
+    second = [Group(0, "q_head", 1), Group(0, "q_head", 4), Group(1, "q_head", 0), Group(1, "q_head", 5)]
+    assert gone(decision) == first + second
+    assert left_in_each(decision, HEADS) == [[2, 2], [2, 2]]
+    assert (
+        compress(needed, groups=HEADS, rules=Rules(round_to=100), budget=budget - 1).removals == decision.removals[:4]
+    )
+
+
+def test_a_slice_of_q_heads_is_a_candidate_by_the_mean_of_all_its_heads():
+    for value, goes in ((2.2, True), (1.8, False)):  # of four heads two forget nothing that others do not need as much
+        forget = scores(HEADS, value=0.0, q_head={(0, 1): value, (0, 7): value, (1, 1): value, (1, 7): value})
+        retain = scores(HEADS, value=2.0)
+        decision = unlearn(forget, retain, groups=HEADS, rules=Rules())
+        assert gone(decision) == (
+            [Group(0, "q_head", 1), Group(0, "q_head", 7)] * goes
+            + [Group(1, "q_head", 1), Group(1, "q_head", 7)] * goes
+        )
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+@pytest.mark.parametrize("name", ["llama_heads", "llama_mqa"])
+def test_a_kv_group_keeps_its_last_q_head_and_what_went_before_counts(name, widths):
+    groups = meta_groups(HEAD_CONFIGS[name](), "q_head")
+    one = groups.layers["q_head"][0]
+    each = one.count // one.divisions
+    kept = make_mask(groups, {"q_head": [[part * each for part in range(one.divisions)]] * 2})
+    rules = Rules(threshold=0.0, minimum_forget=0.0, widths=widths)
+    for decision in (
+        unlearn(random_scores(1, groups), random_scores(2, groups), kept=kept, rules=rules, groups=groups),
+        compress(random_scores(2, groups), kept=kept, rules=rules, groups=groups),
+    ):
+        assert left_in_each(decision, groups, kept) == [[1] * one.divisions] * 2
 
 
 # --- what holds whatever the numbers are ---
 
 
+def with_heads(**values):
+    """Groups of a Llama of which single query heads go."""
+    return meta_groups(LlamaConfig(**{**SIZES, **values}), "q_head")
+
+
 def random_case(seed):
     """Groups, rules, a state that some run could be in, scores and a budget, all drawn by the seed."""
     draw = random.Random(seed)
-    groups = draw.choice([GROUPS, stiff(), stiff(num_hidden_layers=3)])
+    shared = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    heads = (HEADS, with_heads(**shared, attention_bias=True, num_hidden_layers=3), with_heads(**shared))
+    groups = draw.choice([GROUPS, stiff(), stiff(num_hidden_layers=3), *heads])
     rules = Rules(
         threshold=draw.choice([0.0, 0.4, 0.6]),
         minimum_forget=draw.choice([0.0, 0.5]),
@@ -277,9 +334,14 @@ def random_case(seed):
         round_to=draw.choice([1, 2, 5, 8, 64]),
     )
     gone = {}
-    for kind in KINDS:
-        count = groups.count(kind) - draw.choice([*allowed_widths(kind, groups, rules), groups.count(kind) - 1])
-        gone[kind] = [draw.sample(range(groups.count(kind)), count) for _ in range(groups.depth)]
+    for kind, layers in groups.layers.items():
+        parts = layers[0].divisions
+        size = groups.count(kind) // parts
+        count = size - draw.choice([*allowed_widths(kind, groups, rules), groups.count(kind) - parts]) // parts
+        begins = range(0, groups.count(kind), size)
+        gone[kind] = [
+            [begin + one for begin in begins for one in draw.sample(range(size), count)] for _ in range(groups.depth)
+        ]
     budget = int(draw.random() ** 2 * groups.total_parameters)
     return groups, rules, make_mask(groups, gone), random_scores(seed, groups), random_scores(-seed - 1, groups), budget
 
@@ -303,12 +365,14 @@ def test_every_width_that_is_left_may_stand_and_the_budget_holds(seed):
         before, after = (one.removed_parameters(groups) for one in (kept, kept.without(decision.removals)))
         assert 0 <= after - before <= budget
         assert len(set(gone(decision))) == len(decision.removals)
-        for kind in KINDS:
+        for kind, layers in groups.layers.items():
+            parts = kept.without(decision.removals).kept[kind].reshape(groups.depth, layers[0].divisions, -1).sum(2)
+            assert (parts == parts[:, :1]).all()
             old, new = kept.kept[kind].sum(1).tolist(), widths_after(decision, kept, kind)
             for width in set(new) - set(old):
                 assert width >= rules.min_groups_per_layer
-                assert kind == "kv_group" or width % rules.round_to == 0
-                assert kind != "kv_group" or rules.widths == "per_layer" or width in groups.allowed_kv_groups
+                assert kind != "ffn_channel" or width % rules.round_to == 0
+                assert kind == "ffn_channel" or rules.widths == "per_layer" or width in groups.allowed_attention
             assert rules.widths == "per_layer" or len(set(new)) == 1
 
 
@@ -329,7 +393,8 @@ def test_a_unit_is_each_layers_best_down_to_the_next_width_and_its_share_is_that
     groups, rules, kept, forget, retain, budget = random_case(seed)
     rules = replace(rules, widths="uniform")
     decision = unlearn(forget, retain, kept=kept, budget=budget, rules=rules, groups=groups)
-    for kind in KINDS:
+    for kind, layers in groups.layers.items():
+        parts, size = layers[0].divisions, groups.count(kind) // layers[0].divisions
         removals = [one for one in decision.removals if one.group.kind == kind]
         width = kept.kept[kind].sum(1)[0].item()
         left = kept.kept[kind].clone()
@@ -341,9 +406,11 @@ def test_a_unit_is_each_layers_best_down_to_the_next_width_and_its_share_is_that
                 alive = [
                     i for i in range(len(share)) if left[layer, i] and forget[kind][layer, i] >= rules.minimum_forget
                 ]
-                best = sorted(alive, key=lambda i: -share[i])[: width - lower]
                 mine = [one.group.index for one in unit if one.group.layer == layer]
-                assert mine[: len(best)] == best
+                for part in range(parts):
+                    own = sorted((i for i in alive if i // size == part), key=lambda i: -share[i])
+                    best = own[: (width - lower) // parts]
+                    assert mine[part::parts][: len(best)] == best
                 left[layer, mine] = False
             total = {
                 name: sum(values[kind][one.group.layer, one.group.index].item() for one in unit)

@@ -1,19 +1,23 @@
 """The checkpoint that is written says what the masked model said, in a process that knows stock transformers only."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import (
     FAMILY_CONFIGS,
     GROUPED,
+    HEAD_CONFIGS,
     SIZES,
     make_batch,
     make_mask,
     make_model,
     masked,
     save_checkpoint,
+    some_heads,
     told_by_a_stranger,
+    unit_of,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +39,7 @@ STRETCHED = {
 }
 CONFIGS = {
     **FAMILY_CONFIGS,
+    **HEAD_CONFIGS,
     "llama_stretched": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=STRETCHED, rms_norm_eps=1e-3),
     "llama_biased": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
     "mistral_window": lambda: MistralConfig(**SIZES, **GROUPED, sliding_window=6),
@@ -42,6 +47,7 @@ CONFIGS = {
     "olmo2_biased": lambda: Olmo2Config(**SIZES, **GROUPED, attention_bias=True),
 }
 KV_REMOVED = {"llama_biased": 2, "wide_heads": 1}  # as many as leave a head count the class allows; else 1
+RESCALED = ("llama_biased", "qwen2_heads", "gemma2", "phi3", "llama_heads")  # what is left is multiplied by a factor
 CLASS = {
     "llama_mha": "MistralForCausalLM",  # 3 heads do not divide 32
     "llama_gqa": "MistralForCausalLM",  # nor do 6
@@ -60,6 +66,13 @@ CLASS = {
     "phi3_window": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo2_biased": "Olmo2ForCausalLM",
+    "llama_heads": "MistralForCausalLM",
+    "llama_mqa": "MistralForCausalLM",  # nor do 7
+    "qwen2_heads": "Qwen2ForCausalLM",
+    "qwen3_heads": "Qwen3ForCausalLM",
+    "gemma2_heads": "Gemma2ForCausalLM",
+    "phi3_heads": "Phi3ForCausalLM",
+    "olmo2_heads": "Olmo2ForCausalLM",
 }
 BATCH = make_batch(4, 21)
 
@@ -93,16 +106,20 @@ def logits_of(model, batch):
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
+def removed_heads(name, groups):
+    """What goes of attention: the first kv_groups of one layer and the last of the other, or a q_head of each."""
+    if groups.attention == "q_head":
+        return [some_heads(groups, 1), some_heads(groups, 1, turn=2)]
+    kv, last = KV_REMOVED.get(name, 1), groups.count("kv_group") - 1
+    return [list(range(kv)), list(range(last, last - kv, -1))]
+
+
 def export_pruned(name, tokenizer, folder):
     """Export a model with trained adapters and a mask; return the logits of the live model before."""
-    config = CONFIGS[name]()
-    model, groups, live = masked(config)
-    kv = KV_REMOVED.get(name, 1)
-    last = groups.count("kv_group") - 1
-    mask = make_mask(
-        groups,
-        {"kv_group": [list(range(kv)), list(range(last, last - kv, -1))], "ffn_channel": [[0, 9, 23], [1, 2, 3]]},
-    )
+    model, groups, live = masked(CONFIGS[name](), unit=unit_of(name))
+    mask = make_mask(groups, {groups.attention: removed_heads(name, groups), "ffn_channel": [[0, 9, 23], [1, 2, 3]]})
+    if name in RESCALED:
+        mask = replace(mask, factors={kind: torch.tensor([1.25, 0.875]) for kind in groups.layers})
     live.set(mask)
     expected = logits_of(model, BATCH)
     live.remove()

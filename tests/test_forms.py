@@ -6,7 +6,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model, masked, run_values, told_by_a_stranger
+from conftest import (
+    FAMILY_CONFIGS,
+    HEAD_CONFIGS,
+    SIZES,
+    make_batch,
+    make_mask,
+    make_model,
+    masked,
+    run_values,
+    some_heads,
+    told_by_a_stranger,
+    unit_of,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
@@ -28,6 +40,7 @@ from loraprune.surgery import cut_weights
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 CONFIGS = {
     **FAMILY_CONFIGS,
+    **HEAD_CONFIGS,
     "llama_biased": lambda: LlamaConfig(**SIZES, **HEADS, attention_bias=True, mlp_bias=True),
     "mistral_window": lambda: MistralConfig(**SIZES, **HEADS, sliding_window=6),
 }
@@ -69,15 +82,20 @@ def logits_of(model):
 
 
 def uneven_mask(groups):
-    """Layers that keep different numbers of both kinds; the first loses one kv_group, the last as many as it may."""
-    last = groups.count("kv_group") - 1
-    removed = {"kv_group": [[0], list(range(last))[:2]], "ffn_channel": [[0, 9, 23], [1, *range(5, 12)]]}
-    return make_mask(groups, removed)
+    """Layers that keep different numbers of both kinds; the first loses one kv_group, the last as many as it may.
+
+    Of q_heads the first layer loses one of each kv_group, the last two.
+    """
+    last = groups.count(groups.attention) - 1
+    attention = [[0], list(range(last))[:2]]
+    if groups.attention == "q_head":
+        attention = [some_heads(groups, 1), some_heads(groups, 2, turn=1)]
+    return make_mask(groups, {groups.attention: attention, "ffn_channel": [[0, 9, 23], [1, *range(5, 12)]]})
 
 
 def export_uneven(name, tokenizer, folder):
     """Export a model with trained adapters under an uneven mask; return what the live model said before."""
-    model, groups, live = masked(CONFIGS[name]())
+    model, groups, live = masked(CONFIGS[name](), unit=unit_of(name))
     mask = uneven_mask(groups)
     live.set(mask)
     with torch.no_grad():
@@ -141,7 +159,7 @@ def test_load_pruned_gives_the_same_by_our_own_copy_of_the_code(uneven, name):
 def test_the_cut_weights_alone_give_the_masked_models_logits(name):
     config = CONFIGS[name]()
     model = make_model(config)
-    groups = find_groups(model, config)
+    groups = find_groups(model, config, unit_of(name))
     mask = uneven_mask(groups)
     LiveMask(model, groups).set(mask)
     small_config = per_layer_config(config, groups, mask)

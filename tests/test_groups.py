@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, make_mask, make_model, save_checkpoint
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, KINDS, SIZES, make_mask, make_model, save_checkpoint, some_heads
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,10 +22,9 @@ from transformers import (
 )
 
 from loraprune.errors import UserError
-from loraprune.groups import allowed_kv_groups, family_of, find_groups, meta_groups
+from loraprune.groups import allowed_attention, family_of, find_groups, meta_groups
 from loraprune.inputs import prepare
 from loraprune.model import checked_config
-from loraprune.records import KINDS
 from loraprune.settings import Settings
 from loraprune.surgery import cut_config, cut_weights
 
@@ -154,13 +153,13 @@ def llama(**values):
 
 
 def test_llama_may_keep_any_number_of_kv_groups_since_mistral_stands_in():
-    assert allowed_kv_groups(llama()) == set(range(1, 9))
+    assert allowed_attention(llama(), "kv_group") == set(range(1, 9))
 
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_llama_with_biases_keeps_only_head_counts_that_divide_the_hidden_size(bias):
-    assert allowed_kv_groups(llama(**{bias: True})) == {1, 2, 4, 8}
-    assert allowed_kv_groups(llama(**{bias: True}, num_key_value_heads=4)) == {1, 2, 4}
+    assert allowed_attention(llama(**{bias: True}), "kv_group") == {1, 2, 4, 8}
+    assert allowed_attention(llama(**{bias: True}, num_key_value_heads=4), "kv_group") == {1, 2, 4}
 
 
 def stock_accepts(config, kv_groups):
@@ -200,7 +199,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", list(COUNTS))
 def test_the_numbers_of_kv_groups_that_may_be_left_are_those_that_the_stock_config_takes(name):
     config, allowed = COUNTS[name]
-    assert allowed_kv_groups(config) == allowed
+    assert allowed_attention(config, "kv_group") == allowed
     assert {n for n in range(1, config.num_key_value_heads + 1) if stock_accepts(config, n)} == allowed
 
 
@@ -212,6 +211,47 @@ def test_a_goal_that_gemma_2s_head_counts_forbid_is_refused_in_words(tmp_path, t
     with pytest.raises(UserError, match=words) as caught:
         prepare(settings)
     assert "only head counts that the family's config takes" in caught.value.why
+
+
+# --- query heads ---
+
+HEAD_COUNTS = {  # 8 heads of two kv_groups, or of as many as are named
+    "llama_heads": {2, 4, 6, 8},
+    "llama_mqa": set(range(1, 9)),
+    "gemma2_heads": {2, 4, 6, 8},
+    "olmo2_heads": {2, 4, 6, 8},
+}
+
+
+@pytest.mark.parametrize("name", list(HEAD_COUNTS))
+def test_the_numbers_of_q_heads_that_may_be_left_are_even_and_those_that_the_stock_config_takes(name):
+    assert allowed_attention(HEAD_CONFIGS[name](), "q_head") == HEAD_COUNTS[name]
+
+
+def test_a_stock_config_that_refuses_a_head_count_refuses_it_of_q_heads_too():
+    assert allowed_attention(llama(attention_bias=True, num_key_value_heads=2), "q_head") == {2, 4, 8}
+    assert allowed_attention(Gemma2Config(**{**HEADS, "num_key_value_heads": 2}, head_dim=8), "q_head") == {2, 4, 8}
+
+
+@pytest.mark.parametrize("name", list(HEAD_CONFIGS))
+def test_a_q_heads_parameters_are_its_query_rows_its_output_columns_and_its_part_of_a_norm(name):
+    config = HEAD_CONFIGS[name]()
+    model = make_model(config)
+    groups = find_groups(model, config, "q_head")
+    assert groups == meta_groups(config, "q_head")
+    mask = make_mask(groups, {"q_head": [some_heads(groups, 1), some_heads(groups, 1, turn=1)]})
+    whole = dict(model.named_parameters())
+    weights = cut_weights(whole, groups, mask)
+    assert groups.total_parameters - sum(one.numel() for one in weights.values()) == mask.removed_parameters(groups)
+    cut = {key.partition("layers.")[2][2:].rpartition(".")[0] for key in weights if weights[key] is not whole[key]}
+    query = "self_attn.qkv_proj" if name == "phi3_heads" else "self_attn.q_proj"
+    assert cut == {query, "self_attn.o_proj", *(["self_attn.q_norm"] if name == "olmo2_heads" else [])}
+
+
+def test_where_a_kv_group_has_one_query_head_there_is_nothing_finer():
+    with pytest.raises(UserError, match="each of the 8 kv_groups has one query head") as caught:
+        meta_groups(llama(), "q_head")
+    assert caught.value.fix == "leave --attention-unit out."
 
 
 # --- fused projections, norms over all heads ---

@@ -13,7 +13,6 @@ from loraprune.errors import UserError
 from loraprune.pipeline import run
 from loraprune.presets import PRESETS
 from loraprune.pruning import local_prune
-from loraprune.records import KINDS
 from loraprune.rules import Rules, frozen_layers
 from loraprune.schedule import last_sparsity, planned_sparsity
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
@@ -183,7 +182,6 @@ def test_a_schedule_may_begin_above_nothing():
 def test_every_preset_names_settings_alone():
     known = as_values(Settings()) | {"sparsity": None}
     assert all(set(values) <= set(known) for values in PRESETS.values())
-    assert set(KINDS) == {"kv_group", "ffn_channel"}
 
 
 # --- whole runs ---
@@ -239,6 +237,8 @@ def test_every_metric_prunes_a_model_by_passes_of_its_own(run_folder, metric):
         ({"attention_ratio": 0.0, "sparsity": 0.3}, "cannot be reached"),
         ({"sparsity_of": "groups", "budget": "layer", "min_retain_performance": 0.5}, "a floor is set"),
         ({"score_from": "training", "metric": "activation"}, "reads no gradient"),
+        ({"attention_unit": "q_head", "preset": "paper"}, "attention_unit is q_head, and preset is paper"),
+        ({"attention_unit": "q_head", "preset": "released"}, "attention_unit is q_head, and preset is released"),
         ({"metric": "grad", "base_bits": 4}, "rounded weights have no gradient"),
         ({"initial_sparsity": 0.4}, "initial_sparsity is 0.4, and the goal is 0.3"),
     ],

@@ -35,6 +35,7 @@ CASES = {
     "gate": {"metric": "gate", "micro_batch_size": 1},
     "grad": {"metric": "grad", "recovery_steps": 0},
     "activation": {"metric": "activation"},
+    "rescaled heads": {"attention_unit": "q_head", "rescale_survivors": True},
     "lora in training": COMPRESS,
     "gate in training": {**COMPRESS, "metric": "gate", "score_norm": "module", "micro_batch_size": 1},
     "grad in training": {**COMPRESS, "metric": "grad"},

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_mask, masked
+from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
 
 from loraprune.mask import full_mask
 from loraprune.pruning import local_prune, restore_state, take_state, unlearning_prune
-from loraprune.records import KINDS, Look
+from loraprune.records import Look
 from loraprune.rules import Rules
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, make_mask
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, SIZES, make_mask, unit_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraprune.groups import meta_groups
-from loraprune.records import KINDS
 from loraprune.rules import Rules, allowed_widths, most_removable, smallest_step
 from loraprune.settings import Settings
 from loraprune.surgery import cut_config
@@ -44,6 +43,17 @@ def test_under_per_layer_widths_a_layer_is_free_in_its_heads():
     assert allowed_widths("ffn_channel", STIFF, rules) == [24, 16, 8]
 
 
+@pytest.mark.parametrize(
+    ("values", "uniform"), [({}, [16, 12, 8, 4]), ({"attention_bias": True}, [16, 8, 4])]
+)  # without biases Mistral stands in for a Llama that takes divisors of 32 alone
+def test_q_heads_are_left_as_many_in_each_kv_group(values, uniform):
+    heads = LlamaConfig(**SIZES, num_attention_heads=16, num_key_value_heads=4, **values)
+    groups = meta_groups(heads, "q_head")
+    assert allowed_widths("q_head", groups, Rules(round_to=8)) == uniform
+    assert allowed_widths("q_head", groups, Rules(widths="per_layer")) == [16, 12, 8, 4]
+    assert allowed_widths("q_head", groups, Rules(min_groups_per_layer=5)) == [one for one in uniform if one >= 5]
+
+
 def test_the_smallest_step_goes_to_the_next_width_of_the_cheaper_kind():
     channel, head = GROUPS.slice_parameters("ffn_channel"), GROUPS.slice_parameters("kv_group")
     assert smallest_step(GROUPS, Rules()) == channel
@@ -62,9 +72,11 @@ def test_the_smallest_step_is_counted_from_the_groups_that_are_left():
     assert smallest_step(STIFF, attention_only, kept) == 2 * STIFF.slice_parameters("kv_group")  # 4 to 2
 
 
-def test_most_that_can_go_is_what_a_model_of_the_lowest_widths_has_less(config):
-    groups, rules = meta_groups(config), Rules(round_to=5, min_groups_per_layer=2)
-    lost = {kind: groups.count(kind) - allowed_widths(kind, groups, rules)[-1] for kind in KINDS}
+@pytest.mark.parametrize("name", [*FAMILY_CONFIGS, *HEAD_CONFIGS])
+def test_most_that_can_go_is_what_a_model_of_the_lowest_widths_has_less(name):
+    config = {**FAMILY_CONFIGS, **HEAD_CONFIGS}[name]()
+    groups, rules = meta_groups(config, unit_of(name)), Rules(round_to=5, min_groups_per_layer=2)
+    lost = {kind: groups.count(kind) - allowed_widths(kind, groups, rules)[-1] for kind in groups.layers}
     mask = make_mask(groups, {kind: [list(range(count))] * groups.depth for kind, count in lost.items()})
     with torch.device("meta"):
         least = AutoModelForCausalLM.from_config(cut_config(config, groups, mask))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, make_batch, make_mask, masked, rows_of
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, KINDS, make_batch, make_mask, masked, rows_of
 
-from loraprune.records import KINDS, OF_TRAINING
+from loraprune.records import OF_TRAINING
 from loraprune.scoring import empty_scores, score_model
 from loraprune.sensitivity import base_of
 from loraprune.settings import Settings
@@ -70,6 +70,38 @@ def test_metric_magnitude_is_the_size_of_the_weights_with_their_adapters_and_nee
     expected = summed(model, groups, lambda layer: effective(layer).abs())
     for kind in KINDS:
         assert torch.allclose(found.values[kind], expected[kind], rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["lora", "grad", "magnitude"])
+def test_a_kv_groups_score_is_that_of_its_q_heads_and_of_its_key_and_value(metric):
+    config, batch, found = HEAD_CONFIGS["llama_heads"](), make_batch(), {}
+    for unit in ("q_head", "kv_group"):
+        model, groups, live = masked(config, unit=unit)
+        found[unit] = score_model(model, live, [batch], "retain", prune_metric=metric, loss="nll").values[unit]
+    rest = found["kv_group"] - found["q_head"].reshape(2, 2, 4).sum(2)
+    assert (rest > 0.02 * found["kv_group"]).all()
+    base = model.get_base_model()
+    if metric == "magnitude":
+        shared = [
+            sum(by_group(effective(base.get_submodule(one.module)).abs(), one) for one in layer.producers[1:])
+            for layer in groups.layers["kv_group"]
+        ]
+        assert torch.allclose(rest, torch.stack(shared), rtol=1e-5)
+
+
+def test_a_q_heads_gate_is_the_effect_of_removing_it():
+    model, _, live = masked(HEAD_CONFIGS["llama_heads"](), unit="q_head")
+    row = make_batch(rows=1)
+    found = score_model(model, live, [row], "retain", prune_metric="gate", loss="nll").values["q_head"][1]
+    effects = []
+    for head in range(8):
+        gate = torch.ones(1, 1, 32)
+        gate[..., 4 * head : 4 * head + 4] = 1 - 1e-2
+        with torch.no_grad(), live.gates(1, torch.device("cpu")) as gates:
+            before = mean_losses(model, row)
+            gates["q_head", 1].copy_(gate)
+            effects.append(((mean_losses(model, row) - before) / 1e-2).abs().item())
+    assert torch.allclose(found, torch.tensor(effects, dtype=torch.float64), rtol=0.05, atol=2e-3)
 
 
 def test_metric_activation_is_the_mean_input_of_every_column_times_its_norm():

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, adapted, make_batch, make_mask, make_model, masked, rows_of
+from conftest import FAMILY_CONFIGS, KINDS, adapted, make_batch, make_mask, make_model, masked, rows_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -13,7 +13,7 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.memory import traced
 from loraprune.objectives import answer_log_odds, answer_log_probabilities, row_means
-from loraprune.records import KINDS, ProjectionGroups, Sensitivity
+from loraprune.records import ProjectionGroups, Sensitivity
 from loraprune.scoring import score_model
 from loraprune.sensitivity import (
     AdapterGradient,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, SIZES, make_batch, make_mask, make_model
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, SIZES, make_batch, make_mask, make_model, some_heads
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from loraprune.groups import find_groups
@@ -10,9 +10,9 @@ from loraprune.mask import LiveMask, full_mask
 from loraprune.surgery import cut_config, cut_weights, uniform_widths
 
 
-def cut(config, removed):
+def cut(config, removed, unit="kv_group"):
     model = make_model(config)
-    groups = find_groups(model, config)
+    groups = find_groups(model, config, unit)
     mask = make_mask(groups, removed)
     return model, groups, mask, cut_weights(model.state_dict(), groups, mask)
 
@@ -45,6 +45,39 @@ def test_a_kv_group_goes_with_its_query_heads_and_their_biases():
         weights["model.layers.1.self_attn.v_proj.bias"].tolist()
         == whole["model.layers.1.self_attn.v_proj.bias"][:12].tolist()
     )
+
+
+def test_a_q_head_goes_with_its_bias_and_leaves_keys_and_values_alone():
+    removed = {"q_head": [[0, 5], [3, 6]]}  # heads of 4; the first four share one key, the others the second
+    model, groups, mask, weights = cut(HEAD_CONFIGS["qwen2_heads"](), removed, "q_head")
+    whole, layer = model.state_dict(), "model.layers.0.self_attn"
+    queries = [*range(4, 20), *range(24, 32)]
+    for part in ("weight", "bias"):
+        assert torch.equal(weights[f"{layer}.q_proj.{part}"], whole[f"{layer}.q_proj.{part}"][queries])
+        for name in ("k_proj", "v_proj"):
+            assert torch.equal(weights[f"{layer}.{name}.{part}"], whole[f"{layer}.{name}.{part}"])
+    assert torch.equal(weights[f"{layer}.o_proj.weight"], whole[f"{layer}.o_proj.weight"][:, queries])
+    small = cut_config(model.config, groups, mask)
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (6, 2, 4)
+
+
+def test_q_heads_are_never_cut_so_that_others_would_read_another_kv_groups_keys():
+    with pytest.raises(ValueError, match="layer 1 keeps unequal numbers of q_heads in its kv_groups"):
+        cut(HEAD_CONFIGS["llama_heads"](), {"q_head": [[0, 5], [3, 2]]}, "q_head")
+
+
+@pytest.mark.parametrize("name", list(HEAD_CONFIGS))
+def test_the_masked_and_the_cut_model_say_the_same_whatever_number_of_q_heads_goes(name):
+    config = HEAD_CONFIGS[name]()
+    for number in (1, 2, 3):
+        groups = find_groups(make_model(config), config, "q_head")
+        removed = {"q_head": [some_heads(groups, number), some_heads(groups, number, turn=3)]}
+        model, groups, mask, weights = cut(config, removed, "q_head")
+        LiveMask(model, groups).set(mask)
+        small = AutoModelForCausalLM.from_config(cut_config(config, groups, mask)).eval()
+        small.load_state_dict(weights)
+        batch = make_batch(4, 17)
+        assert torch.allclose(logits_of(small, batch), logits_of(model, batch), atol=1e-5)
 
 
 def test_the_rows_of_fused_projections_are_cut_in_each_of_their_parts():

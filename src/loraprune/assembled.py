@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import PretrainedConfig
 
 from loraprune.adapter import MASK, adapter_folder, check_shapes, load_adapter, read_adapter_config, refuse_other_config
 from loraprune.config import LoraConfig
@@ -21,7 +22,7 @@ from loraprune.export import export_model
 from loraprune.groups import find_groups
 from loraprune.mask import full_mask
 from loraprune.model import checked_config, load_model, load_tokenizer
-from loraprune.records import KINDS, Mask, ModelGroups
+from loraprune.records import Mask, ModelGroups
 from loraprune.settings import Settings
 
 
@@ -46,8 +47,7 @@ def assemble(settings: Settings, adapter: str, asked: Mapping[str, Any], folder:
     refuse_other_config(found, asked, lambda name: f"--{name}")
     check_shapes(found, config)
     base = load_model(settings.model, settings)
-    groups = find_groups(base, config)
-    mask = _read_mask(found, groups)
+    groups, mask = _read_mask(found, base, config)
     model = _with_adapter(base, found)
     export_model(model.merge_and_unload(), load_tokenizer(settings.model, settings), groups, mask, folder)
     return Assembled(found, groups.total_parameters, mask.removed_parameters(groups))
@@ -63,8 +63,8 @@ def _with_adapter(base: Any, folder: Path) -> PeftModel:
     return model
 
 
-def _read_mask(folder: Path, groups: ModelGroups) -> Mask:
-    """Return the mask of the run that the adapter belongs to."""
+def _read_mask(folder: Path, base: Any, config: PretrainedConfig) -> tuple[ModelGroups, Mask]:
+    """Return the mask of the run that the adapter belongs to, and the groups of which it speaks."""
     path = next((one / MASK for one in (folder.parent, folder) if (one / MASK).exists()), None)
     if path is None:
         raise UserError(
@@ -72,9 +72,10 @@ def _read_mask(folder: Path, groups: ModelGroups) -> Mask:
             "it says which groups are removed; without it the unpruned model would be measured.",
             "name the folder of a run, or its adapter folder where it lies.",
         )
-    kept: Any = load_file(path)
+    mask = Mask.from_tensors(load_file(path))
+    groups = find_groups(base, config, "q_head" if "q_head" in mask.kept else "kv_group")
     shapes = {kind: tuple(one.shape) for kind, one in full_mask(groups).kept.items()}
-    if {kind: tuple(one.shape) for kind, one in kept.items()} != shapes:
-        said = ", ".join(f"{kind} {shapes[kind]}" for kind in KINDS)
+    if {kind: tuple(one.shape) for kind, one in mask.kept.items()} != shapes:
+        said = ", ".join(f"{kind} {shape}" for kind, shape in shapes.items())
         raise UserError(f"{path} is of another model.", f"this one has {said}.", "give the model of that run.")
-    return Mask(kept)
+    return groups, mask

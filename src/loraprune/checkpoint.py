@@ -76,7 +76,7 @@ def save_state(folder: Path, run_state: RunState, now: Point, good: Point) -> No
 def _write_point(folder: Path, point: Point) -> None:
     folder.mkdir()
     save_file({name: one.contiguous() for name, one in point.state.trained.items()}, folder / "adapter.safetensors")
-    save_file({**point.state.mask.kept}, folder / "mask.safetensors")
+    save_file(point.state.mask.tensors(), folder / "mask.safetensors")
     save_file({name: one.contiguous() for name, one in point.moments.items()}, folder / "optimizer.safetensors")
 
 
@@ -93,8 +93,8 @@ def load_state(folder: Path) -> SavedRun | None:
 
 
 def _read_point(folder: Path) -> Point:
-    kept: Any = load_file(folder / "mask.safetensors")
-    state = ModelState(Mask(kept), load_file(folder / "adapter.safetensors"))
+    mask = Mask.from_tensors(load_file(folder / "mask.safetensors"))
+    state = ModelState(mask, load_file(folder / "adapter.safetensors"))
     return Point(state, load_file(folder / "optimizer.safetensors"))
 
 

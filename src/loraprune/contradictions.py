@@ -41,6 +41,12 @@ def refuse_contradictions(settings: Settings) -> None:
             "leave --score-norm and --preset out.",
         ),
         (
+            one.attention_unit == "q_head" and one.preset != "default",
+            f"attention_unit is q_head, and preset is {one.preset}.",
+            "the preset stands for LoRAPrune, which takes heads with their keys and values.",
+            "leave --attention-unit or --preset out.",
+        ),
+        (
             one.budget == "global" and one.attention_ratio != 1.0,
             "budget is global, and attention_ratio gives each kind a share of its own.",
             "one ranking over all groups knows no shares.",

@@ -4,7 +4,8 @@ Reads    sensitivities averaged over time, (L, G) for every kind, the present ma
 Gives    the groups to remove now, and what ended the list
 Source   -
 Symbols  unit = each layer's best remaining groups of a kind, down to the next width that may stand (per-layer widths:
-         of one layer); chain = units that go one after the other; C chains, U units in each; S = dual score
+         of one layer), of q_heads each kv_group's best; chain = units that go one after the other; C chains, U units
+         in each; S = dual score
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune.records import KINDS, Decision, Group, GroupKind, Mask, ModelGroups, Removal
+from loraprune.records import Decision, Group, GroupKind, LayerGroups, Mask, ModelGroups, Removal
 from loraprune.rules import Rules, allowed_widths, frozen_layers
 from loraprune.sensitivity import dual_score, share_of
 
@@ -65,8 +66,9 @@ def decide_unlearning(
     summed sensitivities of all its groups.
     """
     ranked = []
-    for kind in sorted(KINDS):
-        units = _units(kind, _unlearning_order(forget[kind], retain[kind], kept.kept[kind], rules), kept, groups, rules)
+    for kind in sorted(groups.layers):
+        order = _order(_worth_forgetting(forget[kind], retain[kind], kept.kept[kind], rules), groups.layers[kind])
+        units = _units(kind, order, kept, groups, rules)
         cared, needed = units.mean(forget[kind]), units.mean(retain[kind])
         share = share_of(dual_score(cared, needed, rules.epsilon))
         candidate = (share > rules.threshold) & (cared >= rules.minimum_forget)
@@ -90,8 +92,8 @@ def decide_compression(
     one ranking. `fraction` is what may be gone of each, in place of a budget.
     """
     ranked = []
-    for kind in sorted(KINDS):
-        order = torch.where(kept.kept[kind], retain[kind], torch.inf).sort(dim=1, stable=True).indices
+    for kind in sorted(groups.layers):
+        order = _order(torch.where(kept.kept[kind], -retain[kind], -torch.inf), groups.layers[kind])
         units = _units(kind, order, kept, groups, rules)
         needed = units.mean(retain[kind])
         key = _compression_key(units, needed, kept.kept[kind], rules)
@@ -120,11 +122,19 @@ def _layer_gone(units: _Units, kept: Tensor) -> Tensor:
     return (before + units.size.cumsum(1)).double() / (layers * kept.shape[1])
 
 
-def _unlearning_order(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
-    """Return each layer's groups, (L, G), best first: by share; dead ones later, removed ones last."""
+def _worth_forgetting(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
+    """Return by what each layer's groups go, (L, G), highest first: by share; dead ones later, removed ones last."""
     score = dual_score(forget, retain, rules.epsilon)
     score = torch.where(forget >= rules.minimum_forget, score, score / (1.0 + score) - 1.0)
-    return torch.where(kept, score, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    return torch.where(kept, score, -torch.inf)
+
+
+def _order(worth: Tensor, layers: Sequence[LayerGroups]) -> Tensor:
+    """Return each layer's groups, (L, G), highest first; the divisions of a layer give one each in turn."""
+    parts = worth.reshape(len(worth), layers[0].divisions, -1)
+    best = parts.sort(dim=2, descending=True, stable=True).indices
+    begins = torch.arange(0, worth.shape[1], parts.shape[2])[:, None]
+    return (best + begins).transpose(1, 2).reshape(worth.shape)
 
 
 def _units(kind: GroupKind, order: Tensor, kept: Mask, groups: ModelGroups, rules: Rules) -> _Units:

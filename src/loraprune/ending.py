@@ -23,7 +23,7 @@ from loraprune.mask import LiveMask
 from loraprune.model import attach_lora, load_measured, load_model
 from loraprune.processes import first_does
 from loraprune.pruning import ModelState, restore_state
-from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups, removal_columns
+from loraprune.records import Limit, Look, Mask, ModelGroups, removal_columns
 from loraprune.rules import Rules, removed_share, smallest_share
 from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, look_at
@@ -78,8 +78,8 @@ def _cut_original(
 
 def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mask, rules: Rules) -> None:
     """Write which groups went, in order, a column for each thing said of them; no clock time, no text."""
-    kept = {kind: mask.kept[kind].sum(1).tolist() for kind in KINDS}
-    counts = {kind: {"before": sum(len(row) for row in mask.kept[kind]), "after": sum(kept[kind])} for kind in KINDS}
+    kept = {kind: mask.kept[kind].sum(1).tolist() for kind in groups.layers}
+    counts = {kind: {"before": mask.kept[kind].numel(), "after": sum(kept[kind])} for kind in groups.layers}
     write_json(
         folder / "decision.json",
         {
@@ -93,9 +93,10 @@ def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mas
             "sparsity": mask.sparsity(groups),
             "groups": counts,
             "kept_by_layer": kept,
+            **({"factors": {kind: one.tolist() for kind, one in mask.factors.items()}} if mask.factors else {}),
             "removals": removal_columns(state.removals),
         },
     )
     temporary = folder / "mask.safetensors.part"
-    save_file({**mask.kept}, temporary)
+    save_file(mask.tensors(), temporary)
     temporary.replace(folder / "mask.safetensors")

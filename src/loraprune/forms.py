@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from loraprune import modeling_per_layer as code
 from loraprune.errors import UserError
-from loraprune.groups import check_shapes, expected_shapes, family_of, is_per_layer
+from loraprune.groups import check_shapes, expected_shapes, family_of, head_dim_of, is_per_layer, widths_left
 from loraprune.records import Mask, ModelGroups
 from loraprune.settings import Settings
 
@@ -36,23 +36,24 @@ def has_stock_form(groups: ModelGroups, mask: Mask) -> bool:
     """Say whether a stock class holds what the mask keeps: the same in every layer, and heads that it takes."""
     if any(len(set(kept.sum(1).tolist())) > 1 for kept in mask.kept.values()):
         return False
-    left = int(mask.kept["kv_group"][0].sum())
-    return left == groups.count("kv_group") or left in groups.allowed_kv_groups
+    left = int(mask.kept[groups.attention][0].sum())
+    return left == groups.count(groups.attention) or left in groups.allowed_attention
 
 
 def per_layer_config(config: PretrainedConfig, groups: ModelGroups, mask: Mask) -> PretrainedConfig:
     """Return the config of the cut model with each layer's own widths; saving it writes the modelling file too."""
     own_config, own_model = _classes(config.model_type)
-    queries = config.num_attention_heads // config.num_key_value_heads
-    shared, channels = (mask.kept[kind].sum(1).tolist() for kind in ("kv_group", "ffn_channel"))
-    layers = [_widths(one, queries, inner) for one, inner in zip(shared, channels, strict=True)]
+    unit = groups.attention
+    attention, channels = (mask.kept[kind].sum(1).tolist() for kind in (unit, "ffn_channel"))
+    layers = [widths_left(config, unit, *left) for left in zip(attention, channels, strict=True)]
     left_out = ("model_type", "architectures", "transformers_version", "auto_map")
     values = {name: one for name, one in config.to_dict().items() if name not in left_out}
-    values |= _widths(max(shared), queries, max(channels))  # where one number is asked for, that of the widest layer
+    # Where one number is asked for, it is that of the widest layer.
+    values |= widths_left(config, unit, max(attention), max(channels))
     made = own_config.from_dict(
         values
         | {
-            "head_dim": groups.layers["kv_group"][0].producers[1].size,
+            "head_dim": head_dim_of(config),
             "per_layer_config": dict(enumerate(layers)),
             "architectures": [own_model.__name__],
             "auto_map": {one._auto_class: f"{CODE_FILE.stem}.{one.__name__}" for one in (own_config, own_model)},
@@ -60,10 +61,6 @@ def per_layer_config(config: PretrainedConfig, groups: ModelGroups, mask: Mask) 
     )
     made.serialize_explicit_per_layer_config = True
     return made
-
-
-def _widths(kv_groups: int, queries: int, channels: int) -> dict[str, int]:
-    return dict(zip(code.WIDTHS, (kv_groups * queries, kv_groups, channels), strict=True))
 
 
 def _classes(family: str) -> tuple[Any, Any]:

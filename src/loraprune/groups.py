@@ -2,7 +2,8 @@
 
 Reads    a model's config, and the shapes of its weights (from the checkpoint's headers, before anything is loaded)
 Gives    ModelGroups; the config of the model when groups are gone
-Source   Grouped-query attention, arXiv 2305.13245: a key/value head goes with all query heads that share it
+Source   Grouped-query attention, arXiv 2305.13245: a key/value head goes with all query heads that share it, or every
+         key/value head stays with as many query heads as the others
 Symbols  a projection with axis 0 loses rows, with axis 1 columns
 """
 
@@ -17,8 +18,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from loraprune.errors import UserError
-from loraprune.modeling_per_layer import CLASS, MODEL_TYPE
-from loraprune.records import GroupKind, LayerGroups, ModelGroups, ProjectionGroups
+from loraprune.modeling_per_layer import CLASS, MODEL_TYPE, WIDTHS
+from loraprune.records import AttentionUnit, GroupKind, LayerGroups, ModelGroups, ProjectionGroups
 
 
 @dataclass(frozen=True)
@@ -126,24 +127,29 @@ def queries_per_group(config: PretrainedConfig) -> int:
 # --- what a stock class takes -----------------------------------------------------------------------------------------
 
 
-def allowed_kv_groups(config: PretrainedConfig) -> frozenset[int]:
-    """Return the numbers of kept kv_groups for which a stock class loads the result: the configs themselves say so."""
-    counts = range(1, config.num_key_value_heads + 1)
-    return frozenset(n for n in counts if stock_config(config, n, config.intermediate_size) is not None)
+def allowed_attention(config: PretrainedConfig, unit: AttentionUnit) -> frozenset[int]:
+    """Return the numbers of kept attention groups for which a stock class loads the result: the configs say so."""
+    shared, heads = config.num_key_value_heads, config.num_attention_heads
+    counts = range(1, shared + 1) if unit == "kv_group" else range(shared, heads + 1, shared)
+    return frozenset(n for n in counts if stock_config(config, unit, n, config.intermediate_size) is not None)
 
 
-def stock_config(config: PretrainedConfig, kv_groups: int, channels: int) -> PretrainedConfig | None:
+def widths_left(config: PretrainedConfig, unit: AttentionUnit, attention: int, channels: int) -> dict[str, int]:
+    """Return the widths of a layer that keeps so many groups of attention and channels, as a config names them."""
+    shared = attention if unit == "kv_group" else config.num_key_value_heads
+    heads = attention * queries_per_group(config) if unit == "kv_group" else attention
+    return dict(zip(WIDTHS, (heads, shared, channels), strict=True))
+
+
+def stock_config(
+    config: PretrainedConfig, unit: AttentionUnit, attention: int, channels: int
+) -> PretrainedConfig | None:
     """Return the config of the model with so many groups in every layer; None where stock transformers refuses it.
 
     Of the family's stand-in where its own class refuses: Llama demands that the head count divides the hidden size,
     MistralForCausalLM without a sliding window computes the same and does not.
     """
-    values = config.to_dict() | {
-        "num_key_value_heads": kv_groups,
-        "num_attention_heads": kv_groups * queries_per_group(config),
-        "intermediate_size": channels,
-        "head_dim": head_dim_of(config),
-    }
+    values = config.to_dict() | widths_left(config, unit, attention, channels) | {"head_dim": head_dim_of(config)}
     values.pop("auto_map", None)  # the stock class is meant, and modelling files of the model's own are not copied
     own, stand_in = _accepted(config.model_type, values), family_of(config).stand_in
     if own is not None or stand_in is None or not stand_in_holds(config):
@@ -217,30 +223,45 @@ def _refuse_shape(config: PretrainedConfig, what: str) -> None:
     )
 
 
-def meta_groups(config: PretrainedConfig) -> ModelGroups:
+def meta_groups(config: PretrainedConfig, unit: AttentionUnit = "kv_group") -> ModelGroups:
     """Return the prunable groups of an architecture from its config alone; no weights are made."""
     with torch.device("meta"):
-        return find_groups(AutoModelForCausalLM.from_config(config), config)
+        return find_groups(AutoModelForCausalLM.from_config(config), config, unit)
 
 
-def find_groups(model: nn.Module, config: PretrainedConfig) -> ModelGroups:
-    """Return the prunable groups of a loaded model; raise UserError where its weights contradict its config."""
+def find_groups(model: nn.Module, config: PretrainedConfig, unit: AttentionUnit = "kv_group") -> ModelGroups:
+    """Return the prunable groups of a loaded model, those of attention being whole kv_groups or q_heads inside them.
+
+    Raises UserError where the weights contradict the config, or where a kv_group has no q_head to spare.
+    """
     refuse_per_layer(config)
+    if unit == "q_head":
+        _refuse_single_heads(config)
     family = family_of(config)
     check_shapes(config, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
     parameters = dict(model.named_parameters())
-    kinds: dict[GroupKind, list[LayerGroups]] = {"kv_group": [], "ffn_channel": []}
+    kinds: dict[GroupKind, list[LayerGroups]] = {unit: [], "ffn_channel": []}
+    attention_groups = _kv_groups if unit == "kv_group" else _query_heads
     for index in range(config.num_hidden_layers):
         layer = family.layer.format(index)
-        kinds["kv_group"].append(_attention_groups(family, config, layer, index, parameters))
+        kinds[unit].append(attention_groups(family, config, layer, index, parameters))
         kinds["ffn_channel"].append(_feed_forward_groups(family, config, layer, index, parameters))
     total = sum(weight.numel() for weight in parameters.values())
     return ModelGroups(
-        family.architecture, {kind: tuple(one) for kind, one in kinds.items()}, total, allowed_kv_groups(config)
+        family.architecture, {kind: tuple(one) for kind, one in kinds.items()}, total, allowed_attention(config, unit)
     )
 
 
-def _attention_groups(
+def _refuse_single_heads(config: PretrainedConfig) -> None:
+    if queries_per_group(config) == 1:
+        raise UserError(
+            f"attention_unit is q_head, and each of the {config.num_key_value_heads} kv_groups has one query head.",
+            "a kv_group keeps at least one of its q_heads; here there is nothing finer than the kv_group.",
+            "leave --attention-unit out.",
+        )
+
+
+def _kv_groups(
     family: Family, config: PretrainedConfig, layer: str, index: int, parameters: Mapping[str, nn.Parameter]
 ) -> LayerGroups:
     head_dim, count = head_dim_of(config), config.num_key_value_heads
@@ -251,6 +272,17 @@ def _attention_groups(
     consumer = ProjectionGroups(f"{layer}.{family.attention_output}", "kv_group", 1, count, queries)
     norms = tuple(ProjectionGroups(f"{layer}.{name}", "kv_group", 0, count, size) for name, size in spanned if name)
     return _layer_groups(index, producers, consumer, norms, parameters)
+
+
+def _query_heads(
+    family: Family, config: PretrainedConfig, layer: str, index: int, parameters: Mapping[str, nn.Parameter]
+) -> LayerGroups:
+    head_dim, count = head_dim_of(config), config.num_attention_heads
+    producers = _producers(layer, "q_head", count, ((family.query, head_dim),))
+    consumer = ProjectionGroups(f"{layer}.{family.attention_output}", "q_head", 1, count, head_dim)
+    norm = family.query_norm
+    norms = (ProjectionGroups(f"{layer}.{norm}", "q_head", 0, count, head_dim),) if norm else ()
+    return _layer_groups(index, producers, consumer, norms, parameters, config.num_key_value_heads)
 
 
 def _feed_forward_groups(
@@ -280,10 +312,11 @@ def _layer_groups(
     consumer: ProjectionGroups,
     norms: tuple[ProjectionGroups, ...],
     parameters: Mapping[str, nn.Parameter],
+    divisions: int = 1,
 ) -> LayerGroups:
     """Count a group's parameters from the weights themselves, biases of cut rows included."""
     cut = consumer.size * parameters[f"{consumer.module}.weight"].shape[0]
     for one in (*producers, *norms):
         cut += one.size * parameters[f"{one.module}.weight"][0].numel()
         cut += one.size if f"{one.module}.bias" in parameters else 0
-    return LayerGroups(index, consumer.kind, consumer.count, producers, consumer, cut, norms)
+    return LayerGroups(index, consumer.kind, consumer.count, producers, consumer, cut, norms, divisions)

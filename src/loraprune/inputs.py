@@ -29,7 +29,7 @@ from loraprune.data import (
     with_prompt_labels,
 )
 from loraprune.errors import UserError
-from loraprune.groups import family_of, meta_groups, refuse_per_layer
+from loraprune.groups import meta_groups, refuse_per_layer
 from loraprune.length import refuse_idle, resolved
 from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import ModelGroups
@@ -91,8 +91,9 @@ def prepare(settings: Settings) -> Inputs:
     refuse_contradictions(settings)
     config = checked_config(settings.model, settings)
     refuse_per_layer(config)
-    _refuse_unseen_kind(settings, config, adapted_projections(settings, config))
-    _refuse_unreachable(settings, config)
+    groups = meta_groups(config, settings.attention_unit)
+    _refuse_unseen_kind(settings, groups, adapted_projections(settings, config))
+    _refuse_unreachable(settings, groups)
     if settings.adapter is not None:
         check_adapter(settings, config)
     tokenizer = load_tokenizer(settings.model, settings)
@@ -178,13 +179,12 @@ def _refuse_shared(rows: Sequence[Row], others: Sequence[Row], name: str, place:
         )
 
 
-def _refuse_unseen_kind(settings: Settings, config: PretrainedConfig, adapted: Sequence[str]) -> None:
-    """Refuse metric lora where no adapter lies on attention or on feed-forward: it would see nothing of them."""
+def _refuse_unseen_kind(settings: Settings, groups: ModelGroups, adapted: Sequence[str]) -> None:
+    """Refuse metric lora where no adapter lies on what a kind of group is made of: it would see nothing of them."""
     if settings.metric != "lora":
         return
-    family = family_of(config)
-    for part in (family.attention, family.feed_forward):
-        leaves = {name.rpartition(".")[2] for name in part}
+    for layers in groups.layers.values():
+        leaves = {one.module.rpartition(".")[2] for one in layers[0].projections}
         if not leaves & set(adapted):
             raise UserError(
                 f"metric lora has no adapter on {' '.join(sorted(leaves))}.",
@@ -199,9 +199,9 @@ WIDTHS_THAT_STAND = (
 )
 
 
-def _refuse_unreachable(settings: Settings, config: PretrainedConfig) -> None:
+def _refuse_unreachable(settings: Settings, groups: ModelGroups) -> None:
     """Refuse a goal that cannot be had under the widths that may stand."""
-    groups, rules = meta_groups(config), Rules.of(settings)
+    rules = Rules.of(settings)
     frozen_layers(rules, groups.depth)
     if most_removable(groups, rules) == 0:
         raise UserError(
@@ -253,7 +253,7 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
 
 def _lowest_widths(groups: ModelGroups, rules: Rules) -> str:
     """Return in words to which width each kind may be cut down."""
-    ends = {kind: allowed_widths(kind, groups, rules) for kind in open_kinds(rules)}
+    ends = {kind: allowed_widths(kind, groups, rules) for kind in open_kinds(groups, rules)}
     return "a layer keeps at least " + " and ".join(
         f"{widths[-1]} of {widths[0]} {kind}s" for kind, widths in ends.items()
     )

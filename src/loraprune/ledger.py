@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune.errors import UserError
-from loraprune.records import KINDS, Removal
+from loraprune.records import Removal
 
 Values = dict[str, Any]
 FILE = "reproduce.json"
@@ -55,9 +55,11 @@ def read_ledger(model: str, weights_sha256: str | None) -> Ledger:
     return Ledger(of_other_weights=bool(ledgers))
 
 
-def removed_by_layer(removals: Sequence[Removal], depth: int) -> dict[str, list[list[int]]]:
+def removed_by_layer(
+    removals: Sequence[Removal], kept_by_layer: Mapping[str, Sequence[int]]
+) -> dict[str, list[list[int]]]:
     """Return the removed groups' numbers, a list a layer for each kind; they count as in the parent model."""
-    removed = {kind: [[] for _ in range(depth)] for kind in KINDS}
+    removed = {kind: [[] for _ in kept] for kind, kept in kept_by_layer.items()}
     for one in removals:
         removed[one.group.kind][one.group.layer].append(one.group.index)
     return {kind: [sorted(layer) for layer in layers] for kind, layers in removed.items()}

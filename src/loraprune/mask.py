@@ -16,12 +16,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
+from loraprune.records import GroupKind, Mask, ModelGroups, ProjectionGroups
 
 
 def full_mask(groups: ModelGroups) -> Mask:
     """Return the mask that keeps everything."""
-    return Mask({kind: torch.ones(len(groups.layers[kind]), groups.count(kind), dtype=torch.bool) for kind in KINDS})
+    return Mask({kind: torch.ones(groups.depth, groups.count(kind), dtype=torch.bool) for kind in groups.layers})
 
 
 _MASKS: "WeakKeyDictionary[nn.Module, LiveMask]" = WeakKeyDictionary()
@@ -35,7 +35,7 @@ def mask_of(model: nn.Module) -> "LiveMask":
 
 
 class _Hook:
-    """Multiplies one consumer's input by its mask and, while scoring, by a gate."""
+    """Multiplies one consumer's input by its mask and the mask's factor and, while scoring, by a gate."""
 
     def __init__(self, module: nn.Module, consumer: ProjectionGroups) -> None:
         self.consumer = consumer
@@ -51,9 +51,9 @@ class _Hook:
             states = (states * self.gate.to(states.device)).to(states.dtype)
         return (states, *arguments[1:])
 
-    def set(self, kept: Tensor) -> None:
+    def set(self, kept: Tensor, factor: float) -> None:
         whole = bool(kept.all())
-        self.factor = None if whole else kept.repeat_interleave(self.consumer.size).float()
+        self.factor = None if whole else kept.repeat_interleave(self.consumer.size).float() * factor
 
 
 class _NormHook:
@@ -90,13 +90,13 @@ class LiveMask:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._hooks: dict[tuple[GroupKind, int], _Hook] = {
             (kind, one.layer): _Hook(base.get_submodule(one.consumer.module), one.consumer)
-            for kind in KINDS
-            for one in groups.layers[kind]
+            for kind, layers in groups.layers.items()
+            for one in layers
         }
         self._norms: list[tuple[GroupKind, int, _NormHook]] = [
             (kind, one.layer, _NormHook(base.get_submodule(norm.module), norm))
-            for kind in KINDS
-            for one in groups.layers[kind]
+            for kind, layers in groups.layers.items()
+            for one in layers
             for norm in one.norms
         ]
 
@@ -104,7 +104,7 @@ class LiveMask:
         """Lay a mask over the model, in place of the one before."""
         self.value = mask
         for (kind, layer), hook in self._hooks.items():
-            hook.set(mask.kept[kind][layer])
+            hook.set(mask.kept[kind][layer], mask.factor(kind, layer))
         for kind, layer, norm in self._norms:
             norm.set(mask.kept[kind][layer])
 

@@ -39,7 +39,7 @@ from loraprune.groups import (
 from loraprune.launch import here
 from loraprune.processes import shard
 from loraprune.quantised import FORMATS, load_quantised, refuse_without_bitsandbytes
-from loraprune.records import ModelGroups
+from loraprune.records import AttentionUnit, ModelGroups
 from loraprune.settings import PLAIN_BITS, Settings
 
 
@@ -205,9 +205,9 @@ def takes_adapters_in(settings: Settings) -> bool:
     return settings.base_bits == PLAIN_BITS and not here().sharded
 
 
-def base_groups(base: Any, config: PretrainedConfig) -> ModelGroups:
+def base_groups(base: Any, config: PretrainedConfig, unit: AttentionUnit = "kv_group") -> ModelGroups:
     """Return the groups of a loaded base; a quantised one's weights have other shapes, so the config tells."""
-    return meta_groups(config) if getattr(base, "is_quantized", False) else find_groups(base, config)
+    return meta_groups(config, unit) if getattr(base, "is_quantized", False) else find_groups(base, config, unit)
 
 
 def load_measured(name: str, settings: Settings) -> Any:

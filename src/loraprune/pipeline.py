@@ -423,7 +423,7 @@ def _ends_of(trainer: LoRAPruneTrainer) -> tuple[list[ModelState], ModelGroups, 
 
 
 def _train(folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, base: Any) -> LoRAPruneTrainer:
-    groups = base_groups(base, inputs.config)
+    groups = base_groups(base, inputs.config, settings.attention_unit)
     model = attach_lora(base, settings)
     if settings.adapter is not None:
         load_adapter(model, adapter_folder(settings.adapter))
@@ -505,7 +505,7 @@ def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, origina
         "parent_sha256": weights["before"],
         "weights_sha256": weights["after"],
         "data_sha256": hashes["data_sha256"],
-        "removed": removed_by_layer(removals_from(decision["removals"]), len(decision["kept_by_layer"]["kv_group"])),
+        "removed": removed_by_layer(removals_from(decision["removals"]), decision["kept_by_layer"]),
     }
     first = {} if ledger.entries else original["sets"]
     found = {name: one for name, one in original["sets"].items() if original["source"][name] != "given model"}

@@ -3,11 +3,13 @@
 Reads    Settings, as the run would
 Gives    make_plan: plain values, which plan_tables.py shows and --json prints
 Source   -
-Symbols  share = S / (1 + S); a slice is one group of a kind in every layer
+Symbols  share = S / (1 + S); a slice is one group of a kind in every layer, of q_heads one in every kv_group
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,7 @@ from loraprune.model import device_of, load_measured, quiet_libraries, weights_h
 from loraprune.pipeline import find_original, measure_sets, refuse_changed_inputs, refuse_lost_floor
 from loraprune.progress import stage
 from loraprune.quantised import quietly
-from loraprune.records import KINDS, Decision, GroupKind, Mask, ModelGroups
+from loraprune.records import Decision, GroupKind, Mask, ModelGroups
 from loraprune.schedule import last_sparsity
 from loraprune.sensitivity import SensitivityDict
 from loraprune.settings import Settings
@@ -133,16 +135,16 @@ class Decider:
         return full_mask(self.groups).without(decision.removals).sparsity(self.groups)
 
 
-def by_kind(decision: Decision) -> dict[GroupKind, int]:
+def by_kind(decision: Decision, groups: ModelGroups) -> dict[GroupKind, int]:
     """Return how many groups of each kind a decision removes."""
     counts = Counter(one.group.kind for one in decision.removals)
-    return {kind: counts[kind] for kind in KINDS}
+    return {kind: counts[kind] for kind in groups.layers}
 
 
 def group_values(groups: ModelGroups, decide: Decider) -> Values:
     """Return the groups by kind, layers of one size together, and which part of all parameters may go."""
     everything = decide.compress(1.0)
-    removable = by_kind(everything)
+    removable = by_kind(everything, groups)
     return {
         "architecture": groups.family,
         "total_parameters": groups.total_parameters,
@@ -153,7 +155,7 @@ def group_values(groups: ModelGroups, decide: Decider) -> Values:
                 "removable": removable[kind],
                 "prunable": _parameters(everything, groups, kind) / groups.total_parameters,
             }
-            for kind in KINDS
+            for kind in groups.layers
         },
     }
 
@@ -186,8 +188,8 @@ def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
         rows.append(
             {
                 "threshold": threshold,
-                "slices": {kind: count // trial.groups.depth for kind, count in by_kind(together).items()},
-                "groups": by_kind(_above(alone, threshold)),
+                "slices": _slices(together, trial.groups),
+                "groups": by_kind(_above(alone, threshold), trial.groups),
                 "sparsity": decide.sparsity(asked),
             }
         )
@@ -201,6 +203,12 @@ def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
         "asked": settings.sparsity,
         "enough": settings.sparsity is None or own["sparsity"] >= settings.sparsity - trial.smallest_step,
     }
+
+
+def _slices(decision: Decision, groups: ModelGroups) -> dict[GroupKind, int]:
+    """Return how many slices of each kind a uniform decision removes."""
+    sizes = {kind: sum(one.divisions for one in layers) for kind, layers in groups.layers.items()}
+    return {kind: count // sizes[kind] for kind, count in by_kind(decision, groups).items()}
 
 
 def _above(decision: Decision, threshold: float) -> Decision:
@@ -220,22 +228,24 @@ def overlap_values(inputs: Inputs) -> Values | None:
 
 
 def checkpoint_values(config: PretrainedConfig, groups: ModelGroups, goal: Mask, settings: Settings) -> Values:
-    """Return the form and class of the result: for every number of kv_groups that may be left, and for the goal's.
+    """Return the form and class of the result: for every number of attention groups left, and for the goal's.
 
     Under per-layer widths there is one class for whatever the layers keep; the goal says the least and the most of it.
     """
-    count = groups.count("kv_group")
-    uniform = settings.widths == "uniform"
+    unit, uniform = groups.attention, settings.widths == "uniform"
+    even = range(groups.count(unit), 0, -groups.layers[unit][0].divisions)
+    classes = _classes(config, groups, even) if uniform else {}
     written = (cut_config if has_stock_form(groups, goal) else per_layer_config)(config, groups, goal)
     return {
         "form": form_of(written),
         "widths": settings.widths,
-        "kv_groups": count,
-        "classes": _classes(config, groups) if uniform else {},
-        "never": [n for n in range(count - 1, 0, -1) if n not in groups.allowed_kv_groups] if uniform else [],
+        "attention_unit": unit,
+        f"{unit}s": groups.count(unit),
+        "classes": classes,
+        "never": [n for n in even if n not in chain(*classes.values())] if uniform else [],
         "goal": {
             "class": (written.architectures or [groups.family])[0],
-            "kv_groups": _span(goal, "kv_group"),
+            f"{unit}s": _span(goal, unit),
             "ffn_channels": _span(goal, "ffn_channel"),
             "sparsity": goal.sparsity(groups),
         },
@@ -249,17 +259,16 @@ def _span(mask: Mask, kind: GroupKind) -> int | list[int]:
     return least if least == most else [least, most]
 
 
-def _classes(config: PretrainedConfig, groups: ModelGroups) -> dict[str, list[int]]:
-    count = groups.count("kv_group")
+def _classes(config: PretrainedConfig, groups: ModelGroups, counts: Sequence[int]) -> dict[str, list[int]]:
     classes: dict[str, list[int]] = {}
-    for left in range(count, 0, -1):
-        if left == count or left in groups.allowed_kv_groups:
+    for left in counts:
+        if left == groups.count(groups.attention) or left in groups.allowed_attention:
             classes.setdefault(_class_with(config, groups, left), []).append(left)
     return classes
 
 
 def _class_with(config: PretrainedConfig, groups: ModelGroups, left: int) -> str:
-    """Return the class of a checkpoint that keeps so many kv_groups in every layer."""
+    """Return the class of a checkpoint that keeps so many groups of attention in every layer."""
     kept = full_mask(groups)
-    kept.kept["kv_group"][:, left:] = False
+    kept.kept[groups.attention][:, left:] = False
     return (cut_config(config, groups, kept).architectures or [groups.family])[0]

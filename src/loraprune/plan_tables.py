@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from loraprune.progress import duration_text
-from loraprune.records import KINDS
 from loraprune.words import FORMS, Values, percent
 
 AS_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -77,18 +76,19 @@ def groups_table(groups: Values) -> Table:
 
 def shares_table(shares: Values) -> Table:
     """Return how many candidates each threshold leaves, as slices and as single groups, and their sparsity."""
-    table = _table("candidates: share above the threshold", ("threshold", *_candidate_columns(), "sparsity"))
+    table = _table("candidates: share above the threshold", ("threshold", *_candidate_columns(shares), "sparsity"))
     for row in shares["thresholds"]:
         own = row["threshold"] == shares["threshold"]
-        counts = [f"{row[unit][kind]:,}" for unit in ("slices", "groups") for kind in KINDS]
+        counts = [f"{count:,}" for unit in ("slices", "groups") for count in row[unit].values()]
         cells = [f"{row['threshold']:g}{' (yours)' if own else ''}", *counts, f"{row['sparsity']:.3f}"]
         table.add_row(*cells, style="bold" if own else None)
     return table
 
 
-def _candidate_columns() -> list[str]:
-    short = {"kv_group": "kv", "ffn_channel": "ffn"}
-    return [f"{short[kind]} {unit}" for unit in ("slices", "groups") for kind in KINDS]
+def _candidate_columns(shares: Values) -> list[str]:
+    short = {"kv_group": "kv", "q_head": "q", "ffn_channel": "ffn"}
+    first = shares["thresholds"][0]
+    return [f"{short[kind]} {unit}" for unit in ("slices", "groups") for kind in first[unit]]
 
 
 def share_lines(shares: Values | None) -> list[str]:
@@ -123,17 +123,17 @@ def overlap_lines(overlap: Values | None) -> list[str]:
 
 
 def checkpoint_lines(checkpoint: Values) -> list[str]:
-    """Return which form and class the result has, by the number of kv_groups left, and what else can read it."""
-    goal = checkpoint["goal"]
+    """Return which form and class the result has, by the attention groups left, and what else can read it."""
+    goal, unit = checkpoint["goal"], checkpoint["attention_unit"]
     lines = [
         f"checkpoint: {FORMS[checkpoint['form']]}; pruned at once to sparsity {goal['sparsity']:.3f} it "
-        f"would be {goal['class']} with {_span_text(goal['kv_groups'])} of {checkpoint['kv_groups']} kv_groups and "
+        f"would be {goal['class']} with {_span_text(goal[f'{unit}s'])} of {checkpoint[f'{unit}s']} {unit}s and "
         f"{_span_text(goal['ffn_channels'])} ffn_channels a layer"
     ]
     for name, counts in checkpoint["classes"].items():
-        lines.append(f"  {name} with {', '.join(map(str, counts))} kv_groups")
+        lines.append(f"  {name} with {', '.join(map(str, counts))} {unit}s")
     if checkpoint["never"]:
-        lines.append(f"  {', '.join(map(str, checkpoint['never']))} kv_groups are never left: no stock class has them")
+        lines.append(f"  {', '.join(map(str, checkpoint['never']))} {unit}s are never left: no stock class has them")
     return [*lines, *READERS[checkpoint["form"]], ""]
 
 

@@ -19,6 +19,7 @@ from loraprune.rules import Rules, smallest_share
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits
 
+Rescale = Callable[[Mask], Mask]  # gives the mask of a decision the factors that keep the size of outputs; rescale.py
 Record = Callable[..., None]  # record("propose", look, removed=3): one line of events.jsonl
 
 
@@ -36,8 +37,9 @@ class ModelState:
     def equals(self, other: "ModelState") -> bool:
         """Say whether both are the same model, bit for bit."""
         pairs = [(one, other.trained[name]) for name, one in self.trained.items()]
-        pairs += [(kept, other.mask.kept[kind]) for kind, kept in self.mask.kept.items()]
-        return all(torch.equal(one, another.to(one.device)) for one, another in pairs)
+        ours, theirs = self.mask.tensors(), other.mask.tensors()
+        pairs += [(one, theirs[name]) for name, one in ours.items() if name in theirs]
+        return ours.keys() == theirs.keys() and all(torch.equal(one, another.to(one.device)) for one, another in pairs)
 
 
 def take_state(model: nn.Module) -> ModelState:
@@ -64,18 +66,21 @@ def local_prune(
     forget_performance: float | None = None,
     forget_goal: float | None = None,
     step: int = 0,
+    rescale: Rescale | None = None,
 ) -> Decision:
     """Mask the groups that go at this step and return them.
 
     `ratio` and `target_ratio`, in [0, 1]: removed / all parameters allowed after this step and at the end. With both
     sets scored, candidates by dual score go; with the retain set alone, the groups of lowest sensitivity. Early stop:
-    nothing goes once `forget_performance` is at or below `forget_goal`.
+    nothing goes once `forget_performance` is at or below `forget_goal`. `rescale` says what survivors are multiplied
+    by.
     """
     live, rules = mask_of(model), rules or Rules()
     if forget_performance is not None and forget_goal is not None and forget_performance <= forget_goal:
         return Decision((), "target")
     decision = _decide(live, sensitivity_dict, min(ratio, target_ratio), rules, step)
-    live.set(live.value.without(decision.removals))
+    mask = live.value.without(decision.removals)
+    live.set(rescale(mask) if rescale is not None and decision.removals else mask)
     return decision
 
 
@@ -108,6 +113,7 @@ def unlearning_prune(
     forget_goal: float | None = None,
     rules: Rules | None = None,
     step: int = 0,
+    rescale: Rescale | None = None,
     record: Record = _no_record,
 ) -> Decision:
     """Prune by dual score while the model keeps its limits, retention >= `min_retain_performance` the first of them.
@@ -125,7 +131,7 @@ def unlearning_prune(
     allowance, smallest = ratio - begun, smallest_share(live.groups, rules, live.value)
     while True:
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
-        decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, **goal)
+        decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, rescale=rescale, **goal)
         found = look()
         broken = limits.broken(found)
         removed, allowed = len(decision.removals), begun + allowance

@@ -8,15 +8,15 @@ Symbols  L layers, G groups of a kind in a layer; "kept" is a boolean array (L, 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GroupKind = Literal["kv_group", "ffn_channel"]
-KINDS: tuple[GroupKind, ...] = ("kv_group", "ffn_channel")
+AttentionUnit = Literal["kv_group", "q_head"]
+GroupKind = Literal["kv_group", "q_head", "ffn_channel"]  # a model has two: its attention unit, and channels
 DatasetType = Literal["forget", "retain"]
 Metric = Literal["lora", "gate", "grad", "activation", "magnitude", "random"]
 OF_TRAINING: tuple[Metric, ...] = ("lora", "gate", "grad", "magnitude", "random")  # read from a training step
@@ -68,10 +68,11 @@ class LayerGroups:
     layer: int
     kind: GroupKind
     count: int
-    producers: tuple[ProjectionGroups, ...]  # q, k, v or gate, up: rows go
+    producers: tuple[ProjectionGroups, ...]  # q, k, v (q alone for q_heads) or gate, up: rows go
     consumer: ProjectionGroups  # o or down: columns go
     parameters_per_group: int
     norms: tuple[ProjectionGroups, ...] = ()  # those that span all groups: cut with them, and scored by no metric
+    divisions: int = 1  # equal runs of the groups, of which each loses the same number: of q_heads the kv_groups
 
     @property
     def projections(self) -> tuple[ProjectionGroups, ...]:
@@ -91,7 +92,7 @@ class ModelGroups:
     family: str
     layers: Mapping[GroupKind, tuple[LayerGroups, ...]]
     total_parameters: int
-    allowed_kv_groups: frozenset[int]  # numbers of kept kv_groups for which the family has a stock checkpoint
+    allowed_attention: frozenset[int]  # numbers of kept attention groups for which the family has a stock checkpoint
 
     def count(self, kind: GroupKind) -> int:
         return self.layers[kind][0].count
@@ -101,15 +102,40 @@ class ModelGroups:
         return sum(layer.parameters_per_group for layer in self.layers[kind])
 
     @property
+    def attention(self) -> AttentionUnit:
+        """Return which kind the groups of attention are."""
+        return "kv_group" if "kv_group" in self.layers else "q_head"
+
+    @property
     def depth(self) -> int:
         return len(self.layers["ffn_channel"])
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which groups are kept: for every kind a boolean tensor (L, G)."""
+    """Which groups are kept: for every kind a boolean tensor (L, G); and what the kept ones are multiplied by.
+
+    `factors`: for every kind a float32 tensor (L,); empty where survivors are not rescaled.
+    """
 
     kept: Mapping[GroupKind, "Tensor"]
+    factors: Mapping[GroupKind, "Tensor"] = field(default_factory=dict)
+
+    def factor(self, kind: GroupKind, layer: int) -> float:
+        """Return what the inputs of a layer's consumer are multiplied by."""
+        return float(self.factors[kind][layer]) if self.factors else 1.0
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Return the mask as a file holds it: kept groups by kind, factors by kind and "factor"."""
+        return {**self.kept, **{f"{kind}.factor": one for kind, one in self.factors.items()}}
+
+    @staticmethod
+    def from_tensors(tensors: "Mapping[Any, Tensor]") -> "Mask":
+        """Return the mask that `tensors` gave."""
+        factors: dict[Any, Tensor] = {
+            name.removesuffix(".factor"): one for name, one in tensors.items() if name.endswith(".factor")
+        }
+        return Mask({name: one for name, one in tensors.items() if not name.endswith(".factor")}, factors)
 
     def removed_parameters(self, groups: ModelGroups) -> int:
         return sum(
@@ -127,7 +153,7 @@ class Mask:
         kept: dict[GroupKind, Tensor] = {kind: one.clone() for kind, one in self.kept.items()}
         for one in removed:
             kept[one.group.kind][one.group.layer, one.group.index] = False
-        return Mask(kept)
+        return dataclasses.replace(self, kept=kept)
 
 
 @dataclass(frozen=True)

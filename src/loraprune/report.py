@@ -25,7 +25,6 @@ from loraprune.errors import UserError
 from loraprune.events import read_events
 from loraprune.figure import figure_bytes
 from loraprune.folder import write_text
-from loraprune.records import KINDS
 from loraprune.settings import Settings, setting_names, settings_from, value_text
 from loraprune.words import (
     ENDINGS,
@@ -75,7 +74,7 @@ def result_rows(metrics: Values) -> list[ResultRow]:
 def _model_rows(metrics: Values) -> list[ResultRow]:
     model = metrics["model"]
     pairs = {name: model[name] for name in ("parameters", "bytes") if name in model}
-    pairs |= {f"{kind}s": model["groups"][kind] for kind in KINDS if kind in model.get("groups", {})}
+    pairs |= {f"{kind}s": pair for kind, pair in model.get("groups", {}).items()}
     rows = [_count_row(name, pair) for name, pair in pairs.items() if pair["after"] is not None]
     return [*rows, ResultRow("sparsity", after=number_text(metrics["sparsity"]))]
 
@@ -354,11 +353,8 @@ def removed_by_layer(decision: Values, groups: Values) -> dict[str, list[LayerRe
     lengths = [len(one) for one in decision.get("kept_by_layer", {}).values()]
     depth = max([*lengths, *(layer + 1 for layer in layers)], default=1)
     return {
-        kind: [
-            _removed_in(layer, kind, groups[kind]["before"] // depth, decision["removals"]) for layer in range(depth)
-        ]
-        for kind in KINDS
-        if kind in groups
+        kind: [_removed_in(layer, kind, pair["before"] // depth, decision["removals"]) for layer in range(depth)]
+        for kind, pair in groups.items()
     }
 
 

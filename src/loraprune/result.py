@@ -18,7 +18,7 @@ from loraprune.inputs import Inputs, earlier_sets
 from loraprune.interval import ratio_interval
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import checkpoint_bytes, device_of
-from loraprune.records import KINDS, Look, Outcome
+from loraprune.records import GroupKind, Look, Outcome
 from loraprune.schedule import last_sparsity
 from loraprune.settings import Settings
 from loraprune.steering import Steering, Target
@@ -180,7 +180,7 @@ def _peak_memory(settings: Settings) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def last_look(metrics: Values, kept_by_layer: Mapping[str, Sequence[int]]) -> Values:
+def last_look(metrics: Values, kept_by_layer: Mapping[GroupKind, Sequence[int]]) -> Values:
     """Return the written model as a look, so that the last event holds the numbers that count."""
     forget = (metrics["forget"] or {}).get("after", {})
     return Look(
@@ -191,5 +191,5 @@ def last_look(metrics: Values, kept_by_layer: Mapping[str, Sequence[int]]) -> Va
         forget_interval=forget.get("performance_interval"),
         guard_loss_ratio=(metrics["guard"] or {}).get("loss_ratio"),
         already_forgotten=tuple(one["after"]["performance"] for one in metrics["already_forgotten"]),
-        groups={kind: tuple(kept_by_layer[kind]) for kind in KINDS},
+        groups={kind: tuple(kept) for kind, kept in kept_by_layer.items()},
     ).as_values()

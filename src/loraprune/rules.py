@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loraprune.errors import UserError
-from loraprune.records import KINDS, Budget, GroupKind, Mask, ModelGroups, Widths
+from loraprune.records import Budget, GroupKind, Mask, ModelGroups, Widths
 from loraprune.settings import Settings
 
 
@@ -74,15 +74,16 @@ def open_layers(rules: Rules, depth: int) -> list[int]:
     return sorted(set(range(depth)) - frozen_layers(rules, depth))
 
 
-def open_kinds(rules: Rules) -> tuple[GroupKind, ...]:
+def open_kinds(groups: ModelGroups, rules: Rules) -> tuple[GroupKind, ...]:
     """Return the kinds that may lose groups."""
-    return KINDS if rules.attention_ratio else tuple(kind for kind in KINDS if kind != "kv_group")
+    return tuple(groups.layers) if rules.attention_ratio else ("ffn_channel",)
 
 
 def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[int]:
     """Return the numbers of groups that a layer may keep, the untouched one first, falling.
 
-    Channels come in multiples of `round_to`; under uniform widths, kv_groups in numbers that the family's config takes.
+    Channels come in multiples of `round_to`; under uniform widths, kv_groups in numbers that the family's config takes;
+    q_heads so too, as many of each kv_group under any widths.
     """
     untouched = groups.count(kind)
     lower = range(untouched - 1, rules.min_groups_per_layer - 1, -1)
@@ -92,13 +93,14 @@ def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[i
 def _may_stand(kind: GroupKind, width: int, groups: ModelGroups, rules: Rules) -> bool:
     if kind == "ffn_channel":
         return width % rules.round_to == 0
-    return rules.widths == "per_layer" or width in groups.allowed_kv_groups
+    even = width % groups.layers[kind][0].divisions == 0
+    return even and (rules.widths == "per_layer" or width in groups.allowed_attention)
 
 
 def smallest_step(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> int:
     """Return the parameters of the smallest thing that may go next, 0 where nothing may; `kept` None: untouched."""
     steps: list[int] = []
-    for kind in open_kinds(rules):
+    for kind in open_kinds(groups, rules):
         left = [groups.count(kind)] * groups.depth if kept is None else kept.kept[kind].sum(1).tolist()
         steps += _next_steps(kind, left, groups, rules)
     return min(steps, default=0)
@@ -135,7 +137,7 @@ def smallest_share(groups: ModelGroups, rules: Rules, kept: Mask | None = None) 
 def most_removable(groups: ModelGroups, rules: Rules) -> int:
     """Return the parameters that go when every layer is cut down to its lowest allowed width."""
     spare: list[int] = []
-    for kind in open_kinds(rules):
+    for kind in open_kinds(groups, rules):
         untouched, *lower = allowed_widths(kind, groups, rules)
         parameters = sum(groups.layers[kind][layer].parameters_per_group for layer in open_layers(rules, groups.depth))
         spare.append((untouched - min(lower, default=untouched)) * parameters)

@@ -138,7 +138,7 @@ def read_weights(
         if prune_metric == "lora" and not isinstance(layer, LoraLayer):
             continue
         scores[one.kind][one.layer] += compute_sensitivity(
-            layer, one.kind == "kv_group", dataset_type, prune_metric, groups=projection, **how
+            layer, one.kind != "ffn_channel", dataset_type, prune_metric, groups=projection, **how
         ).cpu()
     return scores
 
@@ -211,7 +211,7 @@ def _add_consumers(
             consumer = one.consumer
             scores[kind][one.layer] += compute_sensitivity(
                 base.get_submodule(consumer.module),
-                kind == "kv_group",
+                kind != "ffn_channel",
                 dataset_type,
                 prune_metric,
                 groups=consumer,

@@ -53,7 +53,7 @@ def compute_sensitivity(
     `unit_norm` divides by the L2 norm over the projection's groups, guarded by `epsilon` (the released code).
     Raises ValueError when `is_attn` and `groups` disagree, or something that the metric needs is missing.
     """
-    if is_attn != (groups.kind == "kv_group"):
+    if is_attn != (groups.kind != "ffn_channel"):
         raise ValueError(f"{groups.module} has groups of kind {groups.kind}, but is_attn is {is_attn}")
     if dataset_type not in ("forget", "retain"):
         raise ValueError(f"dataset_type is {dataset_type!r}; it must be 'forget' or 'retain'")

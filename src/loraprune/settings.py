@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from loraprune.errors import UserError, nearest
 from loraprune.presets import PRESETS
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
-from loraprune.records import Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
+from loraprune.records import AttentionUnit, Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
 
 PLAIN_BITS = 16  # stands for the checkpoint's own format
 INSTRUCTION = "instruction"  # the name of a template; see data.py
@@ -256,12 +256,25 @@ class Settings:
         "standing in one ranking (global). Under uniform widths layer and kind are the same.",
         allowed=get_args(Budget),
     )
+    attention_unit: AttentionUnit = setting(  # noqa: RUF009  # a plain word
+        "kv_group",
+        "decision",
+        "What goes of attention: key/value heads with all query heads that share them (kv_group), or single query "
+        "heads, as many of each kv_group (q_head), where a model has too few kv_groups to lose one.",
+        allowed=get_args(AttentionUnit),
+    )
     attention_ratio: float = setting(
         1.0,
         "decision",
         "Fraction of the attention groups that goes for each fraction of the feed-forward channels; 0 leaves attention "
         "whole.",
         allowed=NOT_NEGATIVE,
+    )
+    rescale_survivors: bool = setting(
+        False,
+        "decision",
+        "Multiply what is left in a layer by a factor, so that the layer's output keeps its size on the scored retain "
+        "rows when groups go; the factor ends up in the weights.",
     )
     frozen_layers: tuple[str, ...] = setting(
         (),

@@ -16,7 +16,6 @@ from typing import Any
 
 from loraprune.errors import UserError
 from loraprune.events import Attempt, attempts, has_look, read_events
-from loraprune.records import KINDS
 from loraprune.textplot import BOTH, Bound, Curve, text_plot
 from loraprune.words import (
     ENDINGS,
@@ -168,9 +167,8 @@ def _look_rows(look: Values, begin: Values) -> Iterable[Row]:
         yield "guard loss", f"{_number(look['guard_loss_ratio'])} times that of the original model"
     if already := look.get("already_forgotten"):
         yield "forgotten", f"P {', '.join(map(_number, already))} of earlier requests"
-    for kind in KINDS:
-        if kind in look.get("groups", {}):
-            yield f"{kind}s", _kept_words(look["groups"][kind])
+    for kind, kept in look.get("groups", {}).items():
+        yield f"{kind}s", _kept_words(kept)
 
 
 def _interval_words(look: Values, name: str) -> str:

@@ -17,7 +17,7 @@ from loraprune.data import Example
 from loraprune.evaluate import measure
 from loraprune.interval import ratio_interval
 from loraprune.mask import LiveMask
-from loraprune.records import KINDS, Limit, Look, Mask, ModelGroups
+from loraprune.records import Limit, Look, Mask, ModelGroups
 from loraprune.settings import Settings
 
 LEAST_HALF_BAND = 0.03
@@ -170,7 +170,7 @@ def look_at(model: nn.Module, groups: ModelGroups, mask: Mask, probes: Probes) -
         forget_interval=forget.interval(probes.forget.facts) if forget and probes.forget else None,
         guard_loss_ratio=measured(probes.guard).loss / probes.guard_loss_before if probes.guard else None,
         already_forgotten=tuple(measured(one).performance for one in probes.already_forgotten),
-        groups={kind: tuple(mask.kept[kind].sum(1).tolist()) for kind in KINDS},
+        groups={kind: tuple(mask.kept[kind].sum(1).tolist()) for kind in groups.layers},
     )
 
 

@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from loraprune.groups import queries_per_group, stock_config
-from loraprune.records import KINDS, GroupKind, Mask, ModelGroups, ProjectionGroups
+from loraprune.groups import stock_config, widths_left
+from loraprune.records import GroupKind, Mask, ModelGroups, ProjectionGroups
 
 
 def cut_weights(weights: Mapping[str, Tensor], groups: ModelGroups, mask: Mask) -> dict[str, Tensor]:
-    """Return the weights without the removed groups; weights that lose nothing are returned as they are."""
+    """Return the weights without the removed groups, the factors of the others in the weights that read them.
+
+    Weights that lose nothing are returned as they are.
+
+    Raises ValueError where kv_groups keep different numbers of q_heads: heads would read another's keys and values.
+    """
     cut = dict(weights)
-    for kind in KINDS:
-        for one in groups.layers[kind]:
+    for kind, layers in groups.layers.items():
+        for one in layers:
             kept = mask.kept[kind][one.layer]
+            if len(set(kept.reshape(one.divisions, -1).sum(1).tolist())) > 1:
+                raise ValueError(f"layer {one.layer} keeps unequal numbers of {kind}s in its kv_groups")
             if not kept.all():
                 for module, parts in one.by_module.items():
                     _cut_module(cut, module, parts, kept)
+                consumer, factor = f"{one.consumer.module}.weight", mask.factor(kind, one.layer)
+                cut[consumer] = cut[consumer] * factor if factor != 1.0 else cut[consumer]
     return cut
 
 
@@ -58,9 +67,10 @@ def cut_config(config: PretrainedConfig, groups: ModelGroups, mask: Mask) -> Pre
 
     Raises ValueError where no stock class has the model's form.
     """
-    widths = uniform_widths(mask)
-    small = stock_config(config, widths["kv_group"], widths["ffn_channel"])
+    widths, unit = uniform_widths(mask), groups.attention
+    left = (unit, widths[unit], widths["ffn_channel"])
+    small = stock_config(config, *left)
     if small is None:
-        heads = widths["kv_group"] * queries_per_group(config)
+        heads = widths_left(config, *left)["num_attention_heads"]
         raise ValueError(f"{groups.family} has no stock form with {heads} heads")
     return small

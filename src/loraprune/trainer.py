@@ -42,7 +42,8 @@ from loraprune.model import merged, takes_adapters_in
 from loraprune.processes import first_does, sum_gradients, summed
 from loraprune.progress import Advance, show_nothing, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
-from loraprune.records import DatasetType, Decision, Look, Sensitivity
+from loraprune.records import DatasetType, Decision, Look, Mask, Sensitivity
+from loraprune.rescale import rescaled
 from loraprune.rules import Rules
 from loraprune.schedule import learning_rate_factor, planned_sparsity
 from loraprune.scoring import as_asked, score_model
@@ -283,8 +284,14 @@ class LoRAPruneTrainer(Trainer):
             forget_goal=self._early_goal(),
             rules=self.rules,
             step=state.step,
+            rescale=self._rescaled if settings.rescale_survivors else None,
             record=self.record,
         )
+
+    def _rescaled(self, mask: Mask) -> Mask:
+        """Return the mask with factors measured on the retain rows that are scored."""
+        sample = score_sample(self.sets.taught, self.settings.score_rows, self.settings.seed)
+        return rescaled(self.adapted, self.live, mask, self._batches(sample))
 
     def _follow(self, decision: Decision) -> None:
         """Take over what a pruning step decided; one that had to be undone makes the run gentler."""

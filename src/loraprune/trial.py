@@ -70,7 +70,7 @@ class Trial:
         base = load_base(settings.model, settings)
         self.load_seconds = perf_counter() - begun
         self.weights = weight_bytes(base)
-        self.groups = base_groups(base, inputs.config)
+        self.groups = base_groups(base, inputs.config, settings.attention_unit)
         self.quantised = settings.base_bits != PLAIN_BITS
         self.plain = self.groups.total_parameters * base.get_input_embeddings().weight.itemsize
         model = attach_lora(base, settings)
@@ -202,9 +202,14 @@ class Trial:
         other = self.load_seconds + self._over(costs["evaluate"], ["forget"] if self.settings.is_unlearning else [])
         look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
         passes = self.settings.score_from == "passes"
+        sample = costs["look"].seconds(passes_over(self.sample["retain"], self.settings.evaluate_batch_size))
+        rescaling = 2 * sample * self.settings.rescale_survivors  # outputs are measured before and after
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "train": self.load_seconds + costs["train"].seconds(self._training_passes()) + self._looks * look,
+            "train": self.load_seconds
+            + costs["train"].seconds(self._training_passes())
+            + self._looks * look
+            + rounds * rescaling,
             "score": rounds * passes * self.score_seconds,
             "export": export_seconds,
             "evaluate after": evaluate,
