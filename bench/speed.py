@@ -359,8 +359,8 @@ def section(results: Values) -> str:
             "gradients; of every 10th: a tenth of what one scored step adds. Memory: the most bytes alive in tensors, "
             "what a kernel borrows within one operation aside; extra: of a step with scoring less one without. "
             f"Prefill of {cut['prompt']} tokens, decoding of {cut['decoded']} from a cache, one row, "
-            f"{cut['layers']} layers. Scoring passes: median over the demo's runs of the seconds that they took; the look "
-            "after each of them is for the floor. Made by `python bench/speed.py`.",
+            f"{cut['layers']} layers. Scoring passes: median over the demo's runs of the seconds that they took; the "
+            "look after each of them is for the floor. Made by `python bench/speed.py`.",
         ]
     )
 
