@@ -176,7 +176,7 @@ class Settings:
         allowed=get_args(ScoreLoss),
     )
     score_rows: int = setting(
-        256,
+        128,
         "sensitivity",
         "Rows of each set that are scored at every pruning step, sampled once by the seed.",
         allowed=AT_LEAST_ONE,
