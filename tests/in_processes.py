@@ -17,12 +17,13 @@ from loraprune.pipeline import run
 from loraprune.settings import settings_from
 
 every = [settings_from(values) for values in json.loads(sys.argv[1])]
-WRITING = {"open": 0, "os.rename": 1, "os.mkdir": 0, "os.remove": 0, "shutil.rmtree": 0}  # which argument is changed
+WRITING = {"open": 0, "os.rename": 1, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0}  # which argument is changed
+READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECTORY  # flags of `open` that change nothing
 
 
 def refuse_writing(event, arguments):
     """Raise where a process that is not the first would change a file of a run."""
-    if event not in WRITING or (event == "open" and not set(str(arguments[1])) & set("wax+")):
+    if event not in WRITING or (event == "open" and not arguments[2] & ~READ_ONLY):
         return
     path = str(arguments[WRITING[event]])
     if any(path.startswith(one.output) for one in every):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import run_values
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,10 +18,11 @@ from loraprune import processes
 from loraprune.cli import USER_ERROR
 from loraprune.cli import main as command_line
 from loraprune.errors import UserError
-from loraprune.launch import Launch, here, refuse_other_launches
+from loraprune.launch import Launch, here, hidden_launch, refuse_other_launches
 from loraprune.pipeline import run
 from loraprune.processes import dealt, rows_each
 from loraprune.settings import Settings, settings_from
+from loraprune.trainer import _training_arguments
 
 SCRIPT = Path(__file__).with_name("in_processes.py")
 WAYS = {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
@@ -36,12 +38,13 @@ CASES = {
     "grad": {"metric": "grad", "recovery_steps": 0},
     "activation": {"metric": "activation"},
     "rescaled heads": {"attention_unit": "q_head", "rescale_survivors": True},
+    "few rows": {"gradient_checkpointing": True, "forget_batch_size": 1, "retain_batch_size": 1},
     "lora in training": COMPRESS,
     "gate in training": {**COMPRESS, "metric": "gate", "score_norm": "module", "micro_batch_size": 1},
     "grad in training": {**COMPRESS, "metric": "grad"},
 }
 EIGHT_BITS = {"eight bits": {"base_bits": 8}} if find_spec("bitsandbytes") else {}
-CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "gate", "grad in training"]}
+CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "few rows", "gate", "grad in training"]}
 
 
 def values_of(folder, case, way):
@@ -156,7 +159,10 @@ def test_a_mistake_of_the_user_is_told_once(runs):
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "version 1 of FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}, "offloaded"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"base_bits": 4}, "base_bits is 4"),
+        ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "1"}, {}, "checkpointing"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "mixed precision bf16"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "dynamo_backend INDUCTOR"),
+        ({"ACCELERATE_USE_CPU": "true"}, {}, "for the CPU"),
     ],
 )
 def test_a_launch_that_a_run_cannot_have_is_refused(environment, settings, told, monkeypatch):
@@ -191,6 +197,27 @@ def test_other_commands_are_not_for_several_processes(command, launched_in_two, 
     given = {"evaluate": sets, "plan": sets, "demo": []}.get(command, ["runs/x"])
     assert command_line([command, *given]) == USER_ERROR
     assert f"loraprune {command} was launched in 2 processes" in capsys.readouterr().err
+
+
+def test_trainer_stays_on_the_gpu_of_its_process(launched_in_two, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    here.cache_clear()
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: True)
+    with hidden_launch():
+        arguments = _training_arguments(Settings(), tmp_path, 5)
+    assert (arguments.device, arguments.n_gpu, chosen) == (torch.device("cuda", 1), 1, [])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_launch_of_one_process_is_no_sharded_one(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    here.cache_clear()
+    assert here() == Launch()
+    here.cache_clear()
 
 
 # --- shares ---

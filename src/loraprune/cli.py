@@ -254,7 +254,8 @@ def exit_code(action: Callable[[], int], *, debug: bool) -> int:
             print(error, file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes the run.", file=sys.stderr)
+        if here().first:
+            print("interrupted; the same command resumes the run.", file=sys.stderr)
         return INTERRUPTED
     except Exception:
         traceback.print_exc()

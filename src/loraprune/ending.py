@@ -28,12 +28,15 @@ from loraprune.rules import Rules, removed_share, smallest_share
 from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, look_at
 
+END = "end"  # the folders of what may be written begin so
+
 
 @dataclass(frozen=True)
 class Written:
-    """Which end was written, what was seen of it, and the limits that better ends broke."""
+    """Which end was written and where, what was seen of it, and the limits that better ends broke."""
 
     end: ModelState
+    path: Path
     look: Look
     broken: tuple[Limit, ...]
 
@@ -53,27 +56,39 @@ def write_best(
     steering: Steering,
     folder: Path,
 ) -> Written:
-    """Write the first end that holds its limits as a checkpoint, under `folder`/end, with its `folder`/adapter."""
+    """Write the first end that holds its limits as a checkpoint, under `folder`/end-N, with its `folder`/adapter.
 
-    def look(end: ModelState) -> Look:
-        first_does(lambda: _cut_original(end, groups, tokenizer, settings, folder))
+    Each end has a folder of its own: another machine could still see under one name what lay there before.
+    """
+
+    def path_of(number: int) -> Path:
+        return folder / f"{END}-{number}"
+
+    def look(numbered: tuple[int, ModelState]) -> Look:
+        number, end = numbered
+        first_does(lambda: _cut_original(end, groups, tokenizer, settings, path_of(number)))
         gc.collect()  # the original goes before what was made of it is loaded
-        return look_at(load_measured(str(folder / "end"), settings), groups, end.mask, steering.probes)
+        return look_at(load_measured(str(path_of(number)), settings), groups, end.mask, steering.probes)
 
-    return Written(*first_acceptable(ends, look, steering))
+    (number, end), found, broken = first_acceptable(list(enumerate(ends)), look, steering)
+    return Written(end, path_of(number), found, broken)
 
 
 def _cut_original(
-    end: ModelState, groups: ModelGroups, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+    end: ModelState,
+    groups: ModelGroups,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    path: Path,
 ) -> None:
     """Merge an end's adapters into the original's weights, in the machine's memory, and cut these."""
     model = attach_lora(load_model(settings.model, replace(settings, device="cpu")), settings)
     live = LiveMask(model, groups)
     restore_state(model, end)
-    save_adapter(model, folder / "adapter")
+    save_adapter(model, path.with_name("adapter"))
     live.remove()
     plain: Any = model.merge_and_unload()
-    export_model(plain, tokenizer, groups, end.mask, folder / "end")
+    export_model(plain, tokenizer, groups, end.mask, path)
 
 
 def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mask, rules: Rules) -> None:

@@ -132,8 +132,8 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run is over and nothing is left to tidy; then nobody writes here any more."""
-        here = {name for name in ("metrics.json", "report.html", "state", LOCK, OWNER) if (self.path / name).exists()}
-        return here == {"metrics.json", "report.html"}
+        found = {name for name in ("metrics.json", "report.html", "state", LOCK, OWNER) if (self.path / name).exists()}
+        return found == {"metrics.json", "report.html"}
 
     @contextmanager
     def held(self, say: Callable[[str], Any]) -> Iterator[None]:
@@ -148,12 +148,13 @@ class RunFolder:
             yield
 
     def _refuse_unshared(self) -> None:
-        """Raise UserError in all processes where one of them does not see the folder that the first one made."""
+        """Raise UserError in all processes where one of them sees another folder than the one that the first holds."""
+        owner = first_does(lambda: self.read(OWNER))
 
         def look() -> None:
-            if not self.path.is_dir():
+            if not self.path.is_dir() or self.read(OWNER) != owner:
                 raise UserError(
-                    f"{self.path} is not there on {platform.node()}.",
+                    f"{self.path} of the first process is not there on {platform.node()}.",
                     "every process reads the written model again, to measure it.",
                     "choose an --output that all machines of the launch share.",
                 )
@@ -255,9 +256,10 @@ class RunFolder:
 
     def drop_events_after(self, step: int) -> None:
         """Forget events of steps that a resumed run takes again; -1: of all, the very first look included."""
+        if not here().first:
+            return
         kept = [one for one in self.events() if one.get("step", -1) <= step]
-        if here().first:
-            write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+        write_text(self.path / "events.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl; a number that is not finite stands there as text, "nan" or "inf".

@@ -1,12 +1,11 @@
 """Launch: which place this process has among those that were launched together.
 
 Reads    the environment that accelerate launch, or torchrun, gives its processes
-Gives    Launch, here, refuse_other_launches, refuse_several
+Gives    Launch, here, hidden_launch, refuse_other_launches, refuse_several
 Source   -
 Symbols  rank = this process's number, from 0; sharded = every process holds its part of the frozen weights alone
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +40,8 @@ class Launch:
 @cache
 def here() -> Launch:
     """Return this process's place; read once, since the environment is hidden from libraries later."""
-    numbers = (int(os.environ.get(name, default)) for name, default in zip(OF_LAUNCHERS[:3], "010", strict=True))
-    return Launch(*numbers, sharded=_is_on("ACCELERATE_USE_FSDP"))
+    rank, count, local_rank = (int(os.environ.get(name, one)) for name, one in zip(OF_LAUNCHERS, "010", strict=False))
+    return Launch(rank, count, local_rank, sharded=count > 1 and _is_on("ACCELERATE_USE_FSDP"))
 
 
 @contextmanager
@@ -52,15 +51,12 @@ def hidden_launch() -> Iterator[None]:
     Else transformers would leave the weights of all but the first process empty, and Trainer would lay its own
     parallelism over the run's.
     """
+    here()  # while it can be seen
     kept = {name: os.environ.pop(name) for name in OF_LAUNCHERS if name in os.environ}
-    logger = logging.getLogger("transformers.training_args")  # it warns of what is hidden
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         os.environ.update(kept)
-        logger.setLevel(level)
 
 
 def _is_on(name: str) -> bool:
@@ -85,6 +81,18 @@ def refuse_other_launches(settings: Settings) -> None:
             "the number format of a run is one of its settings, so that it is written with the run.",
             "use accelerate launch --mixed_precision no, and set --dtype.",
         )
+    if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        raise UserError(
+            f"the run was launched with dynamo_backend {compiler}.",
+            "masks and gates are hooks on a model that runs as it is.",
+            "use accelerate launch --dynamo_backend no.",
+        )
+    if _is_on("ACCELERATE_USE_CPU") and settings.device != "cpu":
+        raise UserError(
+            f"the run was launched for the CPU, and device is {settings.device}.",
+            "where a run works is one of its settings, so that it is written with the run.",
+            "set --device cpu, or leave --cpu out of accelerate launch.",
+        )
 
 
 def _refuse_other_shards(settings: Settings) -> None:
@@ -99,6 +107,12 @@ def _refuse_other_shards(settings: Settings) -> None:
             "the run was launched with FSDP's weights offloaded to the main memory.",
             "the run keeps the parts of the frozen weights on the devices.",
             "use accelerate launch with --fsdp_offload_params false.",
+        )
+    if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError(
+            "the run was launched with FSDP's activation checkpointing.",
+            "whether activations are computed twice is one of the run's settings.",
+            "use accelerate launch without it, and set --gradient-checkpointing.",
         )
     if settings.base_bits != PLAIN_BITS:
         raise UserError(

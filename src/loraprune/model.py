@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
@@ -220,7 +221,16 @@ def load_measured(name: str, settings: Settings) -> Any:
         return shard(read_model(name, settings).requires_grad_(False), device_of(settings))
     if settings.base_bits == PLAIN_BITS or device_of(settings).type == "cpu":
         return load_model(name, settings)
-    return read_model(name, settings, device_map="auto")
+    return read_model(name, settings, device_map="auto", **_own_memory())
+
+
+def _own_memory() -> dict[str, Any]:
+    """Return what of the machine a model may fill where every process of a launch has a GPU of its own."""
+    if here().count == 1:
+        return {}
+    free, _ = torch.cuda.mem_get_info()
+    share = psutil.virtual_memory().available // here().count
+    return {"max_memory": {torch.cuda.current_device(): int(0.9 * free), "cpu": share}}
 
 
 def load_pruned(path: str | Path, **options: Any) -> Any:

@@ -24,7 +24,7 @@ from loraprune.adapter import adapter_folder, adapter_hash, load_adapter
 from loraprune.balance import TrainingSets
 from loraprune.checkpoint import RunState
 from loraprune.data import Example, data_hash, examples_hash
-from loraprune.ending import save_adapter, write_best, write_decision
+from loraprune.ending import END, Written, save_adapter, write_best, write_decision
 from loraprune.errors import UserError
 from loraprune.evaluate import Measured, measure
 from loraprune.examples import show_examples
@@ -49,7 +49,7 @@ from loraprune.model import (
     takes_adapters_in,
     weights_hash,
 )
-from loraprune.processes import all_do, first_does, joined, shard
+from loraprune.processes import all_do, first_does, refuse_different, shard, working_as_one
 from loraprune.progress import stage
 from loraprune.pruning import ModelState
 from loraprune.quantised import quietly
@@ -86,9 +86,11 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
     console = (console or Console()) if here().first else Console(quiet=True)
     require(settings)
     folder = RunFolder(Path(settings.output), settings)
-    with joined(settings), quiet_libraries():
+    with working_as_one(settings), quiet_libraries():
         first_does(folder.check)
         inputs = all_do(lambda: prepare(settings))
+        if here().count > 1:
+            refuse_different(_hashes(settings, inputs), "model and data")
         with folder.held(console.print):
             first_does(lambda: refuse_changed_inputs(folder, settings, inputs))
             if (metrics := first_does(lambda: folder.read("metrics.json"))) is None:
@@ -105,7 +107,8 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
                 "loraprune.load_pruned without running code from the folder"
             )
         if settings.show_examples:
-            first_does(lambda: show_examples(settings, inputs, folder.path / "model", console))
+            shown = replace(settings, device="cpu") if here().sharded else settings  # one GPU may not hold the model
+            first_does(lambda: show_examples(shown, inputs, folder.path / "model", console))
     return RunReport(folder.path, metrics, bool(metrics["goal_met"]))
 
 
@@ -380,7 +383,7 @@ def _train_and_cut(
         state.breaks |= {name: state.breaks.get(name, 0) + 1 for name in written.broken}
     if written.end is ends[-1]:
         state.removals, state.ended_by = [], written.broken[0]
-    first_does(lambda: _name_best(folder, settings, groups, state, written.end))
+    first_does(lambda: _name_best(folder, settings, groups, state, written))
 
 
 def _write_trained(folder: RunFolder, inputs: Inputs, trainer: LoRAPruneTrainer) -> None:
@@ -392,9 +395,11 @@ def _write_trained(folder: RunFolder, inputs: Inputs, trainer: LoRAPruneTrainer)
     export_model(plain, inputs.tokenizer, live.groups, live.value, folder.path / "model")
 
 
-def _name_best(folder: RunFolder, settings: Settings, groups: ModelGroups, state: RunState, end: ModelState) -> None:
-    write_decision(folder.path, state, groups, end.mask, Rules.of(settings))
-    (folder.path / "end").replace(folder.path / "model")
+def _name_best(folder: RunFolder, settings: Settings, groups: ModelGroups, state: RunState, best: Written) -> None:
+    write_decision(folder.path, state, groups, best.end.mask, Rules.of(settings))
+    best.path.replace(folder.path / "model")
+    for other in folder.path.glob(f"{END}-*"):
+        shutil.rmtree(other)
 
 
 def _train_quantised(
@@ -509,7 +514,8 @@ def _reproduction(folder: RunFolder, settings: Settings, ledger: Ledger, origina
     }
     first = {} if ledger.entries else original["sets"]
     found = {name: one for name, one in original["sets"].items() if original["source"][name] != "given model"}
-    libraries = ("loraprune", "torch", "transformers", "peft", "accelerate")
+    libraries = ["loraprune", "torch", "transformers", "peft", "accelerate"]
+    libraries += ["bitsandbytes"] if settings.base_bits != PLAIN_BITS else []
     return {
         "seed": settings.seed,
         "processes": {"count": here().count, "sharded": here().sharded},

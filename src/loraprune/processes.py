@@ -1,14 +1,17 @@
 """Processes: what several processes of one run do together; alone, each of these does the obvious.
 
 Reads    torch.distributed
-Gives    joined; first_does, all_do; dealt, collected; summed, sum_gradients; shard, unsharded, whole_gradient
+Gives    working_as_one; first_does, all_do, refuse_different; dealt, collected, rows_each; summed, sum_gradients;
+         shard, unsharded, whole_gradient
 Source   FSDP2: torch's fully_shard, here of the frozen weights alone
 Symbols  dealt = item j is for process j mod count; all get equally many, the last ones again with weight 0
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,20 +27,17 @@ from loraprune.launch import here, hidden_launch, refuse_other_launches
 from loraprune.settings import Settings
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(days=1)  # the others wait while the first one writes; the launcher ends all when one fails
+PATIENCE = timedelta(hours=6)  # while the first one cuts and writes; sums wait as long as torch waits by default
 
 
 @contextmanager
-def joined(settings: Settings) -> Iterator[None]:
+def working_as_one(settings: Settings) -> Iterator[None]:
     """Let the processes that were launched together work as one inside this block; alone, nothing happens.
 
     Raises UserError for a launch that a run cannot have.
     """
     refuse_other_launches(settings)
-    if here().count == 1:
-        yield
-        return
-    if not distributed.is_initialized():
+    if here().count > 1 and not distributed.is_initialized():
         _begin(settings)
     with hidden_launch():
         yield
@@ -46,9 +46,22 @@ def joined(settings: Settings) -> Iterator[None]:
 def _begin(settings: Settings) -> None:
     """Join the others for as long as the process lives: another run in it would begin while this one still ends."""
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if on_gpu and here().local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {here().local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}.",
+            "each process works on a GPU of its own.",
+            "lower --num_processes of accelerate launch.",
+        )
     if on_gpu:
         torch.cuda.set_device(here().local_rank)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    atexit.register(distributed.destroy_process_group)
+
+
+@cache
+def _waiting() -> Any:
+    """Return the group in which processes wait for what the first one does, and may wait long."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 # --- one for all ------------------------------------------------------------------------------------------------------
@@ -64,7 +77,7 @@ def first_does(make: Callable[[], Item]) -> Item:
             found = [make(), None]
         except UserError as error:
             found = [None, error]
-    distributed.broadcast_object_list(found, src=0)
+    distributed.broadcast_object_list(found, src=0, group=_waiting())
     return _unless_failed(*found)
 
 
@@ -80,6 +93,17 @@ def all_do(make: Callable[[], Item]) -> Item:
     return _unless_failed(cast(Item, result), next((one for one in _gathered(failed) if one is not None), None))
 
 
+def refuse_different(value: Any, what: str) -> None:
+    """Raise UserError in all processes where one of them has another value: they would not work on the same run."""
+    first, *others = _gathered(value) if here().count > 1 else [value]
+    if any(one != first for one in others):
+        raise UserError(
+            f"{what}: not all processes of the launch have the same.",
+            "their gradients would be of different runs, and what they share would not fit together.",
+            "give all machines the same files, or one folder that they share.",
+        )
+
+
 def _unless_failed(result: Item, failed: UserError | None) -> Item:
     if failed is not None:
         raise failed
@@ -88,7 +112,7 @@ def _unless_failed(result: Item, failed: UserError | None) -> Item:
 
 def _gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * here().count
-    distributed.all_gather_object(found, value)
+    distributed.all_gather_object(found, value, group=_waiting())
     return found
 
 
@@ -134,7 +158,7 @@ def sum_gradients(model: nn.Module) -> None:
     flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).flatten() for one in trained])
     distributed.all_reduce(flat)
     for one, total in zip(trained, flat.split([one.numel() for one in trained]), strict=True):
-        one.grad = total.view_as(one).clone()
+        one.grad = total.view_as(one)
 
 
 # --- sharded weights --------------------------------------------------------------------------------------------------
@@ -149,7 +173,7 @@ def shard(model: Any, device: torch.device) -> Any:
     trained = {one for one in model.parameters() if one.requires_grad}
     layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=trained)
+        fully_shard(module, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
     for one in trained:
         one.data = one.data.to(device)
     return model
@@ -167,6 +191,7 @@ def whole_gradient(weight: Tensor) -> Tensor | None:
         return gradient
     if isinstance(gradient, DTensor):
         return gradient.full_tensor() * here().count  # FSDP leaves the mean
-    total = gradient.clone()
+    total = gradient.float()  # before it is summed: bfloat16 would round every process's part
+    total = total.clone() if total is gradient else total
     distributed.all_reduce(total)
     return total

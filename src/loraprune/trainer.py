@@ -8,6 +8,7 @@ Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain s
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from tempfile import gettempdir
@@ -15,6 +16,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
@@ -336,15 +338,16 @@ class LoRAPruneTrainer(Trainer):
     def _average(self, new: Sensitivity, dataset_type: DatasetType) -> list[str]:
         """Average one score in; return where it was not finite: then it is left out."""
         settings, state = self.settings, self.run_state
+        agreed = first_does(lambda: new)  # to the last digit: else processes could decide differently
         state.sensitivities = update_sensitivity_dict(
             state.sensitivities,
-            new,
+            agreed,
             dataset_type,
             kept=self.live.value,
             beta=settings.moving_average,
             norm=settings.score_norm,
         )
-        return [f"{kind} of layer {layer}, {dataset_type}" for kind, layer in nonfinite_layers(new)]
+        return [f"{kind} of layer {layer}, {dataset_type}" for kind, layer in nonfinite_layers(agreed)]
 
     def _batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         device = self.args.device
@@ -500,6 +503,8 @@ class _Between(TrainerCallback):
         state.global_step = self.trainer.first_step  # so that a resumed run's steps count on
         restore_moments(self.trainer.stepper, self.trainer.saved.now.moments)
         restore_random(self.trainer.saved.random)
+        if here().rank:  # else dropout would drop the same of every process's rows
+            torch.manual_seed((self.trainer.settings.seed * here().count + here().rank) * 1_000_003 + state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.trainer.before_step()
@@ -513,8 +518,21 @@ class _Between(TrainerCallback):
             self.trainer.event("train", step=self.trainer.run_state.step, **kept)
 
 
+class _OwnDevice(TrainingArguments):
+    """The arguments of one of several processes: Trainer, which takes it for the only one, stays on its device."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        self.distributed_state = PartialState(cpu=on_cpu)
+        self._n_gpu = 0 if on_cpu else 1
+        return torch.device("cpu") if on_cpu else torch.device("cuda", here().local_rank)
+
+
 def _training_arguments(settings: Settings, output: Path, steps: int) -> TrainingArguments:
-    arguments = TrainingArguments(
+    kind = TrainingArguments if here().count == 1 else _OwnDevice
+    arguments = kind(
         output_dir=str(output) if here().first else gettempdir(),  # Trainer makes the folder
         max_steps=steps,
         learning_rate=settings.learning_rate,
