@@ -23,7 +23,8 @@ from loraprune.plan import make_plan
 from loraprune.plan_tables import share_lines
 from loraprune.scoring import score_model
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
-from loraprune.settings import Settings, as_values, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings, as_values
 from loraprune.trial import Trial
 
 SHORT = {"metric": "gate", "unlearning_threshold": 0.45}

@@ -28,7 +28,7 @@ from loraprune.errors import UserError
 from loraprune.inputs import prepare
 from loraprune.length import resolved
 from loraprune.pipeline import run
-from loraprune.settings import Settings
+from loraprune.settings import DECLARED, Settings
 from loraprune.steering import Target
 
 ROOT = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def test_every_flag_of_the_original_stands_for_a_setting():
     ],
 )
 def test_switches_are_read_bare_and_with_a_word(words, value):
-    parser = scripts.script_parser("prune.py", "", scripts.setting_names())
+    parser = scripts.script_parser("prune.py", "", DECLARED)
     assert scripts.read(parser, words)["train_on_inputs"] is value
 
 

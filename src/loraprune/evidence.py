@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraprune.evaluation import evaluate_files
-from loraprune.settings import settings_from
+from loraprune.settings_file import settings_from
 from loraprune.words import number_text
 
 ROLES = ("original", "reference", "unlearned")

@@ -18,7 +18,7 @@ from loraprune.cli import COMMANDS, Parser, add_debug, add_setting, code_of, com
 from loraprune.errors import UserError
 from loraprune.length import IN_SHARES, needs_epochs
 from loraprune.records import RunReport
-from loraprune.settings import INSTRUCTION, Settings, setting_names, text_of
+from loraprune.settings import DECLARED, INSTRUCTION, Settings
 
 # The plan's names on the left, the settings they stand for on the right; all other settings keep their own names.
 PLAN_NAMES: dict[str, tuple[str, ...]] = {
@@ -175,7 +175,7 @@ def script_parser(program: str, text: str, settings: Collection[str]) -> Parser:
     plan, own = parser.add_argument_group("names of the plan"), parser.add_argument_group("all settings")
     for name, behind in PLAN_NAMES.items():
         if set(behind) <= set(settings):
-            add_setting(plan, behind[0], f"--{name}", text=" ".join(map(text_of, behind)))
+            add_setting(plan, behind[0], f"--{name}", text=" ".join(DECLARED[one].text for one in behind))
     if "report_to" in settings:
         _add_others(plan, settings)
     for name in settings:
@@ -240,7 +240,7 @@ def underscored(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the script and return its exit code; None takes the process's own arguments."""
     given = sys.argv[1:] if arguments is None else arguments
-    taken = [name for name in setting_names() if name in COMMANDS["plan"].settings]  # of unlearn and prune together
+    taken = [name for name in DECLARED if name in COMMANDS["plan"].settings]  # of unlearn and prune together
     text = (
         "Unlearn a forget set, or compress a model on --data_path, which is written by --template instruction unless "
         "another is given. What LoRAPrune's own defaults were, docs/loraprune-scripts.md says."
