@@ -355,6 +355,23 @@ def test_the_heaviest_step_is_the_one_with_most_tokens(trial):
     assert len(tokens) == trial.trainer.args.max_steps
 
 
+@pytest.mark.parametrize("forget_loss", ["npo", "none"])
+@pytest.mark.parametrize("most", [None, 1, 3, 64])
+def test_a_step_has_the_passes_that_the_trainer_takes(run_folder, tmp_path, most, forget_loss):
+    batches = {"forget_batch_size": 32, "retain_batch_size": 32}  # more than there are rows
+    settings = settings_of(run_folder, micro_batch_size=most, forget_loss=forget_loss, **batches)
+    trial = Trial(settings, prepare(settings), tmp_path)
+    trial.trainer.current_gradient_accumulation_steps = 1  # else set where training begins
+    taken_back = []
+    trial.trainer.adapted.register_forward_hook(lambda *_: taken_back.append(torch.is_grad_enabled()))
+    trial.trainer.training_step(trial.trainer.adapted, next(iter(trial.trainer.get_train_dataloader())))
+    foretold = trial.passes.of_step(trial.passes.step_tokens[0], trial.passes.taken_back)
+    if most in (None, 64):  # all sets in one pass
+        assert len(foretold) == 1 and sum(taken_back) == len(trial.passes.taken_back)
+    else:
+        assert len(foretold) == sum(taken_back)
+
+
 def test_the_sample_is_scored_alike_in_batches_of_any_size(trial):
     examples = trial.sample["forget"]
     whole, single = (trial.passes.score("forget", examples, size) for size in (len(examples), 1))

@@ -162,10 +162,10 @@ class Passes:
 
         With micro-batches a pass is of one set and so many rows.
         """
-        step, model, most = self._heaviest_step, self.trainer.adapted, self.settings.micro_batch_size
+        step = {name: self._heaviest_step[name] for name in self.taken_back}
+        model, most = self.trainer.adapted, self._micro_batch_size
         if most is not None:
-            taken_back = step if self.settings.forget_loss != "none" else {"retain"}
-            name = max(taken_back, key=lambda one: step[one]["input_ids"][:most].numel())
+            name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
             step = {name: step[name]}
 
         def run(chosen: Rows) -> None:
@@ -191,15 +191,30 @@ class Passes:
 
         With micro-batches what is pushed down is first read without gradients, a third of a pass with them.
         """
-        most = self.settings.micro_batch_size
+        most = self._micro_batch_size
         if most is None:
             return [sum(tokens[name] for name in names)]
         passes: list[float] = []
         for name in names:
-            batch = self.settings.retain_batch_size if name == "retain" else self.settings.forget_batch_size
-            parts = ceil(batch / most)
+            parts = ceil(self.batch_rows[name] / most)
             passes += [tokens[name] / parts * (1.0 if name == "retain" else 4 / 3)] * parts
         return passes
+
+    @property
+    def taken_back(self) -> list[str]:
+        """Return the sets whose loss a step takes back while it prunes."""
+        return list(self._heaviest_step) if self.settings.forget_loss != "none" else ["retain"]
+
+    @property
+    def batch_rows(self) -> dict[str, int]:
+        """Return the rows of each set in one step: all of them where the set is smaller than its batch."""
+        return {name: len(batch["input_ids"]) for name, batch in self._heaviest_step.items()}
+
+    @property
+    def _micro_batch_size(self) -> int | None:
+        """Return the most rows of a pass of one set; None where the whole step is one pass, as the trainer decides."""
+        most = self.settings.micro_batch_size
+        return None if most is None or most >= max(self.batch_rows.values()) else most
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self.trainer.args.device) for name, one in batch.items()}

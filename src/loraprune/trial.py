@@ -234,7 +234,8 @@ class Trial:
         main = self.settings.warmup_steps + self.settings.prune_every * self.settings.prune_rounds
         steps = self.passes.step_tokens
         return joined(
-            self.passes.of_step(one, list(one) if number < main else ["retain"]) for number, one in enumerate(steps)
+            self.passes.of_step(one, self.passes.taken_back if number < main else ["retain"])
+            for number, one in enumerate(steps)
         )
 
     @property
