@@ -20,11 +20,13 @@ from loraprune.mask import LiveMask, full_mask
 from loraprune.memory import traced
 from loraprune.model import attach_lora, load_model, pad_token_id
 from loraprune.plan import make_plan
-from loraprune.plan_tables import share_lines
+from loraprune.plan_tables import scored_lines, share_lines
+from loraprune.records import OF_TRAINING
 from loraprune.scoring import score_model
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
 from loraprune.setting import flag
 from loraprune.settings import Settings, as_values
+from loraprune.step_scores import StepScores
 from loraprune.trial import Trial
 
 SHORT = {"metric": "gate", "unlearning_threshold": 0.45}
@@ -353,6 +355,52 @@ def test_the_heaviest_step_is_the_one_with_most_tokens(trial):
     step = trial.trial_passes()["train"]
     assert sum(len(rows) * step.widths[name] for name, rows in step.heaviest.items()) == max(tokens)
     assert len(tokens) == trial.trainer.args.max_steps
+
+
+def scored_in_training(folder, **changes):
+    """The settings of a compression whose training steps are scored."""
+    values = {name: one for name, one in run_values(folder, "out").items() if not name.startswith(("forget", "band"))}
+    values |= {"data": values.pop("retain"), "output": "", "sparsity": 0.2, "min_retain_performance": 0.0}
+    return Settings(**{**values, "score_from": "training", "score_every": 2, **changes})
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize("metric", OF_TRAINING)
+def test_a_scored_step_is_foretold_too_and_leaves_nothing(run_folder, tmp_path, metric, most):
+    settings = scored_in_training(run_folder, metric=metric, retain_batch_size=5, micro_batch_size=most)
+    trial = Trial(settings, prepare(settings), tmp_path)
+    passes, model = trial.trial_passes(), trial.trainer.adapted
+    one = passes["score"]
+    assert one.counts == {"retain": most or 5}
+    longest = {"retain": [one.heaviest["retain"][0]] * one.counts["retain"]}
+    alike = replace(one, heaviest=longest, labels={"retain": dict.fromkeys(longest["retain"], 1)})
+    assert alike.footprint().peak(one.counts) == max(traced(lambda: one.run(longest)))
+    if metric in ("gate", "grad"):  # gates, gradients of all frozen weights that may be cut
+        assert one.footprint().peak(one.counts) > passes["train"].footprint().peak(one.counts)
+    assert trial.passes.read_seconds() > 0
+    assert all(weight.grad is None for weight in model.parameters()) and not model.training
+    assert trial.trainer.step_scores.gathered is None
+
+
+def test_the_steps_that_a_run_scores_are_those_that_are_said(run_folder, tmp_path, monkeypatch):
+    from loraprune.pipeline import run
+
+    settings, read, reads = scored_in_training(run_folder, metric="lora"), StepScores.read, []
+    planned = make_plan(settings)
+    monkeypatch.setattr(StepScores, "read", lambda scores: reads.append(scores) or read(scores))
+    run(replace(settings, output=str(tmp_path / "out")))
+    assert planned["scored"] == {"rows": {"retain": 8}, "run_from": "training", "run_steps": len(reads)}
+    [said, _] = scored_lines(planned["scored"])
+    assert said.startswith(f"the run scores from training's own gradients, at {len(reads)} of its steps; ")
+    assert "by passes over 8 retain rows now" in said
+    for part in ("memory", "time"):
+        stages = [one["stage"] for one in planned[part]["stages"]]
+        assert stages == ["evaluate before", "train", "export", "evaluate after"]
+
+
+def test_where_passes_score_as_in_the_plan_nothing_is_said(values):
+    assert (values["scored"]["run_from"], values["scored"]["run_steps"]) == ("passes", 0)
+    assert scored_lines(values["scored"]) == []
 
 
 @pytest.mark.parametrize("forget_loss", ["npo", "none"])
