@@ -51,9 +51,10 @@ WANDB: dict[str, tuple[str, str]] = {
     "wandb_watch": ("WANDB_WATCH", "Report to Weights & Biases; what it watches: false, gradients, parameters or all."),
     "wandb_log_model": (
         "WANDB_LOG_MODEL",
-        "Report to Weights & Biases; whether it keeps the adapters: false, end or checkpoint.",
+        "Report to Weights & Biases; whether it keeps the adapters: false, or end, as training leaves them.",
     ),
 }
+WANDB_WORDS = {"wandb_watch": ("false", "gradients", "parameters", "all"), "wandb_log_model": ("false", "end")}
 IN_8BIT, RESUME = "load_in_8bit", "resume_from_checkpoint"
 
 SETS_OF_UNLEARNING = {"forget_dataset", "forget", "retain_dataset", "retain"}
@@ -136,10 +137,17 @@ def _resumed(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 
 def _reported(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where metrics go; raise UserError where a flag of Weights & Biases is given and that is not installed."""
+    """Return where metrics go; raise UserError where a flag of Weights & Biases is given that could not be obeyed."""
     asked = [name for name in WANDB if name in given]
     if not asked:
         return {}
+    for name, words in WANDB_WORDS.items():
+        if name in given and given[name] not in (False, *words):
+            raise UserError(
+                f"--{name} is {given[name]!r}; it must be one of {', '.join(words)}.",
+                "another word would be ignored; a run leaves no checkpoints of transformers' Trainer to be kept.",
+                f"give one of these, or leave --{name} out.",
+            )
     if find_spec("wandb") is None:
         raise UserError(
             f"--{asked[0]} is given, and wandb is not installed.",
