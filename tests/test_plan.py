@@ -227,7 +227,7 @@ def test_single_candidates_are_those_above_the_threshold(values, scored):
 
 def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder, values, scored):
     groups, scores = scored
-    rules = rules_of(settings_of(run_folder))
+    rules = Rules.of(settings_of(run_folder))
     for row in values["shares"]["thresholds"]:
         decision = decide_unlearning(
             scores.forget.values(),
@@ -243,15 +243,6 @@ def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder,
         assert row["sparsity"] == left.sparsity(groups)
     counts = [sum(row["slices"].values()) for row in values["shares"]["thresholds"]]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-
-
-def rules_of(settings):
-    return Rules(
-        settings.unlearning_threshold,
-        settings.unlearning_epsilon,
-        settings.minimum_forget_sensitivity,
-        settings.min_groups_per_layer,
-    )
 
 
 def test_too_few_candidates_are_said(run_folder):
