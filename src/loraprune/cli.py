@@ -108,18 +108,10 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
 
 def _attack(settings: Settings, options: Namespace) -> int:
     from loraprune.attack import attack_run
-
-    given = {name: value for name, value in given_values(options).items() if name in ATTACK}
-    report = attack_run(Path(settings.output), given)
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return GOAL_MET
-    from rich.console import Console
-
     from loraprune.attack_findings import show_findings
 
-    show_findings(report, Console())
-    return GOAL_MET
+    given = {name: value for name, value in given_values(options).items() if name in ATTACK}
+    return _show(attack_run(Path(settings.output), given), options, show_findings)
 
 
 def _status(settings: Settings, options: Namespace) -> int:
@@ -132,16 +124,19 @@ def _status(settings: Settings, options: Namespace) -> int:
 
 def _plan(settings: Settings, options: Namespace) -> int:
     from loraprune.plan import make_plan
+    from loraprune.plan_tables import show_plan
 
-    values = make_plan(settings)
+    return _show(make_plan(settings), options, show_plan)
+
+
+def _show(values: Mapping[str, Any], options: Namespace, show: Callable[..., None]) -> int:
+    """Print what a command found, as JSON or by `show`."""
     if options.json:
         print(json.dumps(values, indent=2))
         return GOAL_MET
     from rich.console import Console
 
-    from loraprune.plan_tables import show_plan
-
-    show_plan(values, Console())
+    show(values, Console())
     return GOAL_MET
 
 
