@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loraprune.cli import COMMANDS, GOAL_MET, add_setting, exit_code
 from loraprune.errors import UserError
 from loraprune.scripts import PLAN_NAMES, read, script_parser, settings_of
-from loraprune.settings import text_of
+from loraprune.settings import DECLARED
 
 if TYPE_CHECKING:
     from loraprune.cli import Parser
@@ -186,7 +186,7 @@ def add_adapter_flags(parser: "Parser") -> None:
     group.add_argument("--text", metavar="FILE", help=f"{text} Default: unset.", **options)
     written = {"lora_rank": "lora_r", "target_modules": "lora_target_modules"}
     for name in OF_ADAPTER:
-        sentence = f"{text_of(name)} The adapter must have been made with it. Unset: whatever the adapter has."
+        sentence = f"{DECLARED[name].text} The adapter must have been made with it. Unset: whatever the adapter has."
         add_setting(group, name, f"--{written.get(name, name)}", text=sentence, show_default=False)
 
 

@@ -35,7 +35,8 @@ from loraprune.groups import meta_groups
 from loraprune.model import checked_config, weights_hash
 from loraprune.pipeline import run
 from loraprune.rules import Rules, most_removable
-from loraprune.settings import Settings, as_values, settings_from
+from loraprune.settings import Settings, as_values
+from loraprune.settings_file import settings_from
 
 Values = dict[str, Any]
 CACHE = ROOT / "bench" / "cache" / "compression"

@@ -21,7 +21,7 @@ from typing import Any
 from results_page import ROOT, markdown_table, write_results
 
 from loraprune.demo import SETTINGS, make_inputs
-from loraprune.settings import flag
+from loraprune.setting import flag
 
 WORLD, CACHE = ROOT / "bench" / "cache" / "demo" / "seed-0", ROOT / "bench" / "cache" / "kill"
 KILLS, SEED = 20, 0

@@ -28,7 +28,7 @@ from loraprune.memory import traced
 from loraprune.objectives import logits_of, retain_loss
 from loraprune.records import Mask, ProjectionGroups
 from loraprune.sensitivity import adapter_gradient, adapter_importance
-from loraprune.settings import settings_from
+from loraprune.settings_file import settings_from
 from loraprune.step_scores import StepScores
 from loraprune.surgery import cut_config, cut_weights
 

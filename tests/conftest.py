@@ -177,6 +177,11 @@ def make_batch(rows=4, length=9, seed=0, prompt=3, vocabulary=VOCABULARY):
     }
 
 
+@torch.no_grad()
+def logits_of(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
 def told_by_a_stranger(code, folder, names, **environment):
     """What a process that never saw this package prints last, as JSON, run in the folder on what lies there."""
     command = [sys.executable, "-c", code, str(folder), *names]

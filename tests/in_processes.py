@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loraprune.launch import here
 from loraprune.pipeline import run
-from loraprune.settings import settings_from
+from loraprune.settings_file import settings_from
 
 every = [settings_from(values) for values in json.loads(sys.argv[1])]
 WRITING = {"open": 0, "os.rename": 1, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0}  # which argument is changed

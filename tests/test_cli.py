@@ -11,7 +11,8 @@ import tomli_w
 from loraprune import cli
 from loraprune.errors import UserError
 from loraprune.records import RunReport
-from loraprune.settings import Settings, allowed_words, as_values, flag, kind_of
+from loraprune.setting import flag
+from loraprune.settings import DECLARED, Settings, as_values
 
 ROOT = Path(__file__).parents[1]
 UNLEARN = ["unlearn", "m", "--forget", "f.jsonl", "--retain", "r.jsonl", "--output", "out"]
@@ -230,11 +231,12 @@ def test_compression_has_no_floor_unless_one_is_set():
 
 def typed(name, value):
     """Return a setting as flags."""
-    if kind_of(name) is bool:
+    kind = DECLARED[name].kind
+    if kind is bool:
         return [flag(name) if value else flag(name).replace("--", "--no-", 1)]
-    if kind_of(name) is tuple:
+    if kind is tuple:
         return [flag(name), ",".join(value)]
-    if kind_of(name) is dict:
+    if kind is dict:
         return [part for role, column in value.items() for part in (flag(name), f"{role}={column}")]
     return [flag(name), str(value)]
 
@@ -258,12 +260,12 @@ def other_value(name):
     """Return a value that is not the setting's default."""
     if name in OTHER_VALUES:
         return OTHER_VALUES[name]
-    default = getattr(Settings(), name)
-    if kind_of(name) is bool:
-        return not default
-    if words := allowed_words(name):
-        return next(value for value in map(kind_of(name), words) if value != default)
-    return {str: "x", int: 11, float: 0.25, tuple: ("x",)}[kind_of(name)]
+    one = DECLARED[name]
+    if one.kind is bool:
+        return not one.default
+    if isinstance(one.allowed, tuple):
+        return next(value for value in one.allowed if value != one.default)
+    return {str: "x", int: 11, float: 0.25, tuple: ("x",)}[one.kind]
 
 
 @pytest.mark.parametrize("command", ["unlearn", "prune"])
@@ -387,7 +389,7 @@ def test_a_batch_size_serves_compression_as_well(scripts):
 
 
 def test_the_plans_flags_are_read_with_underscores_and_dashes(scripts):
-    parser = scripts.script_parser("prune.py", "", scripts.setting_names())
+    parser = scripts.script_parser("prune.py", "", DECLARED)
     arguments = ["--base_model", "m", "--forget-dataset=f-g", "--unlearning_threshold", "0.6", "--no-allow-overlap"]
     expected = {"base_model": "m", "forget_dataset": "f-g", "unlearning_threshold": 0.6, "allow_overlap": False}
     assert scripts.read(parser, arguments) == expected

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, adapted, make_batch, make_model
+from conftest import FAMILY_CONFIGS, adapted, logits_of, make_batch, make_model
 
 from loraprune.config import LoraConfig, lora_config
 from loraprune.errors import UserError
@@ -40,15 +40,12 @@ def test_a_config_comes_back_from_its_folder_as_our_class_with_every_field(tmp_p
 def test_a_saved_adapters_config_holds_the_four_settings_and_plain_peft_can_load_the_adapter(tmp_path):
     model = adapted(make_model(FAMILY_CONFIGS["llama_gqa"]()), unlearning_threshold=0.7)
     batch = make_batch()
-    with torch.no_grad():
-        before = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    before = logits_of(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["unlearning_threshold"] == 0.7
     assert LoraConfig.from_pretrained(tmp_path, subfolder="adapter").unlearning_threshold == 0.7
     loaded = peft.PeftModel.from_pretrained(make_model(FAMILY_CONFIGS["llama_gqa"]()), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        after = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert torch.equal(after, before)
+    assert torch.equal(logits_of(loaded, batch), before)
 
 
 def test_a_keyword_wins_over_the_file(tmp_path):
@@ -130,12 +127,7 @@ def test_fresh_adapters_change_no_logit_and_the_seed_fixes_them():
         return attach_lora(make_model(FAMILY_CONFIGS["qwen2"]()), Settings(seed=seed)).eval()
 
     batch = make_batch()
-    with torch.no_grad():
-        plain = make_model(FAMILY_CONFIGS["qwen2"]())(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        )
-        wrapped = fresh(0)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert torch.equal(plain.logits, wrapped.logits)
+    assert torch.equal(logits_of(make_model(FAMILY_CONFIGS["qwen2"]()), batch), logits_of(fresh(0), batch))
     torch.rand(7)  # whatever was drawn before
     first, again, other = (
         {name: one for name, one in fresh(seed).named_parameters() if "lora_A" in name} for seed in (0, 0, 1)

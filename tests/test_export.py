@@ -10,6 +10,7 @@ from conftest import (
     GROUPED,
     HEAD_CONFIGS,
     SIZES,
+    logits_of,
     make_batch,
     make_mask,
     make_model,
@@ -99,11 +100,6 @@ save_file(logits, root / "logits.safetensors")
 assert "loraprune" not in sys.modules and "peft" not in sys.modules
 print(json.dumps(seen))
 """
-
-
-@torch.no_grad()
-def logits_of(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def removed_heads(name, groups):

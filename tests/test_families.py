@@ -24,7 +24,8 @@ from loraprune.assembled import assemble
 from loraprune.cli import main
 from loraprune.model import load_pruned
 from loraprune.pipeline import run
-from loraprune.settings import Settings, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings
 
 FAMILIES = {  # the class that loads the result, its number format, and a sparsity that takes from both kinds
     "smollm": ("LlamaForCausalLM", torch.float32, 0.4),

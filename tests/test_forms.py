@@ -10,6 +10,7 @@ from conftest import (
     FAMILY_CONFIGS,
     HEAD_CONFIGS,
     SIZES,
+    logits_of,
     make_batch,
     make_mask,
     make_model,
@@ -76,11 +77,6 @@ print(json.dumps(seen))
 """
 
 
-@torch.no_grad()
-def logits_of(model):
-    return model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
-
-
 def uneven_mask(groups):
     """Layers that keep different numbers of both kinds; the first loses one kv_group, the last as many as it may.
 
@@ -100,7 +96,7 @@ def export_uneven(name, tokenizer, folder):
     live.set(mask)
     with torch.no_grad():
         written = model.generate(input_ids=PROMPT, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    expected = {"logits": logits_of(model), "written": written}
+    expected = {"logits": logits_of(model, BATCH), "written": written}
     live.remove()
     said = export_model(model.merge_and_unload(), tokenizer, groups, mask, folder / name)
     return expected, said, groups.total_parameters - mask.removed_parameters(groups)
@@ -151,7 +147,7 @@ def test_load_pruned_gives_the_same_by_our_own_copy_of_the_code(uneven, name):
     folder, made, _, _ = uneven
     model = loraprune.load_pruned(folder / name)
     assert type(model).__module__ == "loraprune.modeling_per_layer"
-    assert torch.allclose(logits_of(model), made[name][0]["logits"], rtol=0, atol=1e-5)
+    assert torch.allclose(logits_of(model, BATCH), made[name][0]["logits"], rtol=0, atol=1e-5)
     loraprune.load_pruned(folder / "again" / name)
 
 
@@ -165,7 +161,7 @@ def test_the_cut_weights_alone_give_the_masked_models_logits(name):
     small_config = per_layer_config(config, groups, mask)
     small = small_model(small_config)
     small.load_state_dict(cut_weights(model.state_dict(), groups, mask))
-    assert torch.allclose(logits_of(small), logits_of(model), atol=1e-5)
+    assert torch.allclose(logits_of(small, BATCH), logits_of(model, BATCH), atol=1e-5)
 
 
 def small_model(config):
@@ -187,7 +183,7 @@ def test_layers_that_are_all_as_wide_as_before_compute_what_the_stock_class_does
     plain = make_model(config)
     same = small_model(config_with(config, [(4, 24)] * 2))
     same.load_state_dict(plain.state_dict())
-    assert torch.equal(logits_of(same), logits_of(plain))
+    assert torch.equal(logits_of(same, BATCH), logits_of(plain, BATCH))
 
 
 @pytest.mark.parametrize("family", list(modeling_per_layer.FAMILIES))
@@ -233,10 +229,10 @@ def test_heads_that_no_stock_class_takes_go_into_the_per_layer_form_though_layer
     assert not has_stock_form(groups, mask)
     live = LiveMask(model, groups)
     live.set(mask)
-    expected = logits_of(model)
+    expected = logits_of(model, BATCH)
     live.remove()
     assert export_model(model, tokenizer, groups, mask, tmp_path / "m") == "PerLayerLlamaForCausalLM"
-    assert torch.allclose(logits_of(loraprune.load_pruned(tmp_path / "m")), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(logits_of(loraprune.load_pruned(tmp_path / "m"), BATCH), expected, rtol=0, atol=1e-5)
 
 
 def test_a_stock_checkpoint_is_loaded_by_load_pruned_as_well(run_folder):
@@ -286,7 +282,7 @@ def test_a_changed_modelling_file_is_refused_and_never_run(copied, trust):
 def test_a_folder_without_the_modelling_file_loads_all_the_same(copied, uneven):
     (copied / CODE_FILE.name).unlink()
     model = loraprune.load_pruned(copied)
-    assert torch.allclose(logits_of(model), uneven[1]["llama_gqa"][0]["logits"], rtol=0, atol=1e-5)
+    assert torch.allclose(logits_of(model, BATCH), uneven[1]["llama_gqa"][0]["logits"], rtol=0, atol=1e-5)
     assert load_tokenizer(str(copied), Settings()).eos_token_id == 2
 
 

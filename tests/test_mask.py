@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, adapted, make_batch, make_mask, make_model, masked
+from conftest import FAMILY_CONFIGS, adapted, logits_of, make_batch, make_mask, make_model, masked
 from transformers import AutoModelForCausalLM
 
 from loraprune.groups import find_groups
@@ -15,11 +15,6 @@ REMOVED = {"kv_group": [[1], [0, 1]], "ffn_channel": [[0, 5, 23], [2]]}
 
 def removed_of(groups):
     return REMOVED if groups.count("kv_group") > 2 else {**REMOVED, "kv_group": [[1], [0]]}
-
-
-@torch.no_grad()
-def logits_of(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if name != "olmo2"])

@@ -20,10 +20,13 @@ from loraprune.mask import LiveMask, full_mask
 from loraprune.memory import traced
 from loraprune.model import attach_lora, load_model, pad_token_id
 from loraprune.plan import make_plan
-from loraprune.plan_tables import share_lines
+from loraprune.plan_tables import scored_lines, share_lines
+from loraprune.records import OF_TRAINING
 from loraprune.scoring import score_model
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
-from loraprune.settings import Settings, as_values, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings, as_values
+from loraprune.step_scores import StepScores
 from loraprune.trial import Trial
 
 SHORT = {"metric": "gate", "unlearning_threshold": 0.45}
@@ -224,7 +227,7 @@ def test_single_candidates_are_those_above_the_threshold(values, scored):
 
 def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder, values, scored):
     groups, scores = scored
-    rules = rules_of(settings_of(run_folder))
+    rules = Rules.of(settings_of(run_folder))
     for row in values["shares"]["thresholds"]:
         decision = decide_unlearning(
             scores.forget.values(),
@@ -240,15 +243,6 @@ def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder,
         assert row["sparsity"] == left.sparsity(groups)
     counts = [sum(row["slices"].values()) for row in values["shares"]["thresholds"]]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-
-
-def rules_of(settings):
-    return Rules(
-        settings.unlearning_threshold,
-        settings.unlearning_epsilon,
-        settings.minimum_forget_sensitivity,
-        settings.min_groups_per_layer,
-    )
 
 
 def test_too_few_candidates_are_said(run_folder):
@@ -352,6 +346,69 @@ def test_the_heaviest_step_is_the_one_with_most_tokens(trial):
     step = trial.trial_passes()["train"]
     assert sum(len(rows) * step.widths[name] for name, rows in step.heaviest.items()) == max(tokens)
     assert len(tokens) == trial.trainer.args.max_steps
+
+
+def scored_in_training(folder, **changes):
+    """The settings of a compression whose training steps are scored."""
+    values = {name: one for name, one in run_values(folder, "out").items() if not name.startswith(("forget", "band"))}
+    values |= {"data": values.pop("retain"), "output": "", "sparsity": 0.2, "min_retain_performance": 0.0}
+    return Settings(**{**values, "score_from": "training", "score_every": 2, **changes})
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize("metric", OF_TRAINING)
+def test_a_scored_step_is_foretold_too_and_leaves_nothing(run_folder, tmp_path, metric, most):
+    settings = scored_in_training(run_folder, metric=metric, retain_batch_size=5, micro_batch_size=most)
+    trial = Trial(settings, prepare(settings), tmp_path)
+    passes, model = trial.trial_passes(), trial.trainer.adapted
+    one = passes["score"]
+    assert one.counts == {"retain": most or 5}
+    longest = {"retain": [one.heaviest["retain"][0]] * one.counts["retain"]}
+    alike = replace(one, heaviest=longest, labels={"retain": dict.fromkeys(longest["retain"], 1)})
+    assert alike.footprint().peak(one.counts) == max(traced(lambda: one.run(longest)))
+    if metric in ("gate", "grad"):  # gates, gradients of all frozen weights that may be cut
+        assert one.footprint().peak(one.counts) > passes["train"].footprint().peak(one.counts)
+    assert trial.passes.read_seconds() > 0
+    assert all(weight.grad is None for weight in model.parameters()) and not model.training
+    assert trial.trainer.step_scores.gathered is None
+
+
+def test_the_steps_that_a_run_scores_are_those_that_are_said(run_folder, tmp_path, monkeypatch):
+    from loraprune.pipeline import run
+
+    settings, read, reads = scored_in_training(run_folder, metric="lora"), StepScores.read, []
+    planned = make_plan(settings)
+    monkeypatch.setattr(StepScores, "read", lambda scores: reads.append(scores) or read(scores))
+    run(replace(settings, output=str(tmp_path / "out")))
+    assert planned["scored"] == {"rows": {"retain": 8}, "run_from": "training", "run_steps": len(reads)}
+    [said, _] = scored_lines(planned["scored"])
+    assert said.startswith(f"the run scores from training's own gradients, at {len(reads)} of its steps; ")
+    assert "by passes over 8 retain rows now" in said
+    for part in ("memory", "time"):
+        stages = [one["stage"] for one in planned[part]["stages"]]
+        assert stages == ["evaluate before", "train", "export", "evaluate after"]
+
+
+def test_where_passes_score_as_in_the_plan_nothing_is_said(values):
+    assert (values["scored"]["run_from"], values["scored"]["run_steps"]) == ("passes", 0)
+    assert scored_lines(values["scored"]) == []
+
+
+@pytest.mark.parametrize("forget_loss", ["npo", "none"])
+@pytest.mark.parametrize("most", [None, 1, 3, 64])
+def test_a_step_has_the_passes_that_the_trainer_takes(run_folder, tmp_path, most, forget_loss):
+    batches = {"forget_batch_size": 32, "retain_batch_size": 32}  # more than there are rows
+    settings = settings_of(run_folder, micro_batch_size=most, forget_loss=forget_loss, **batches)
+    trial = Trial(settings, prepare(settings), tmp_path)
+    trial.trainer.current_gradient_accumulation_steps = 1  # else set where training begins
+    taken_back = []
+    trial.trainer.adapted.register_forward_hook(lambda *_: taken_back.append(torch.is_grad_enabled()))
+    trial.trainer.training_step(trial.trainer.adapted, next(iter(trial.trainer.get_train_dataloader())))
+    foretold = trial.passes.of_step(trial.passes.step_tokens[0], trial.passes.taken_back)
+    if most in (None, 64):  # all sets in one pass
+        assert len(foretold) == 1 and sum(taken_back) == len(trial.passes.taken_back)
+    else:
+        assert len(foretold) == sum(taken_back)
 
 
 def test_the_sample_is_scored_alike_in_batches_of_any_size(trial):

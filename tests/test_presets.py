@@ -16,7 +16,8 @@ from loraprune.pruning import local_prune
 from loraprune.rules import Rules, frozen_layers
 from loraprune.schedule import last_sparsity, planned_sparsity
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
-from loraprune.settings import Settings, as_values, settings_from
+from loraprune.settings import Settings, as_values
+from loraprune.settings_file import settings_from
 from loraprune.step_scores import StepScores
 
 LAYERS, HEADS, CHANNELS = 11, 8, 20

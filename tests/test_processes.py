@@ -21,7 +21,8 @@ from loraprune.errors import UserError
 from loraprune.launch import Launch, here, hidden_launch, refuse_other_launches
 from loraprune.pipeline import run
 from loraprune.processes import dealt, rows_each
-from loraprune.settings import Settings, settings_from
+from loraprune.settings import Settings
+from loraprune.settings_file import settings_from
 from loraprune.trainer import _training_arguments
 
 SCRIPT = Path(__file__).with_name("in_processes.py")

@@ -28,7 +28,7 @@ from loraprune.errors import UserError
 from loraprune.inputs import prepare
 from loraprune.length import resolved
 from loraprune.pipeline import run
-from loraprune.settings import Settings
+from loraprune.settings import DECLARED, Settings
 from loraprune.steering import Target
 
 ROOT = Path(__file__).parents[1]
@@ -246,13 +246,18 @@ def test_every_flag_of_the_original_stands_for_a_setting():
     ],
 )
 def test_switches_are_read_bare_and_with_a_word(words, value):
-    parser = scripts.script_parser("prune.py", "", scripts.setting_names())
+    parser = scripts.script_parser("prune.py", "", DECLARED)
     assert scripts.read(parser, words)["train_on_inputs"] is value
 
 
 def test_a_flag_that_would_be_ignored_is_refused():
     assert "--warmup_iters is given without --num_epochs" in refused(GIVEN, warmup_iters=0.1)
     assert "--wandb_project is given, and wandb is not installed" in refused(GIVEN, wandb_project="p")
+    assert "--wandb_log_model is 'checkpoint'; it must be one of false, end." in refused(
+        GIVEN, wandb_log_model="checkpoint"
+    )
+    assert "--wandb_watch is 'weights'; it must be one of false, grad" in refused(GIVEN, wandb_watch="weights")
+    assert "wandb is not installed" in refused(GIVEN, wandb_log_model="end")
     given = Settings(**{"model": "m", "data": "d", "output": "o", "sparsity": 0.5}, epochs=1, prune_rounds=3)
     with pytest.raises(UserError, match="--prune-rounds is given with --epochs"):
         run(given)

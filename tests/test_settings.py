@@ -6,17 +6,9 @@ import pytest
 import tomli_w
 
 from loraprune.errors import UserError
-from loraprune.settings import (
-    Range,
-    Settings,
-    as_values,
-    default_text,
-    kind_of,
-    read_settings,
-    setting_names,
-    settings_from,
-    text_of,
-)
+from loraprune.ranges import Range
+from loraprune.settings import DECLARED, Settings, as_values
+from loraprune.settings_file import read_settings, settings_from
 
 
 def refused(values):
@@ -135,10 +127,10 @@ def test_a_settings_file_that_is_not_toml_is_named_with_the_line(tmp_path):
 
 
 def test_every_setting_has_one_sentence_a_kind_and_a_default_that_can_be_shown():
-    for name in setting_names():
-        assert text_of(name).endswith((".", ").")), name
-        assert kind_of(name) in (bool, int, float, str, tuple, dict), name
-        assert default_text(name), name
+    for name, one in DECLARED.items():
+        assert one.text.endswith((".", ").")), name
+        assert one.kind in (bool, int, float, str, tuple, dict), name
+        assert one.default_text, name
 
 
 def test_changed_names_what_differs():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from loraprune.settings import setting_names
+from loraprune.settings import DECLARED
 from loraprune.settings_page import page
 
 WRITTEN = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -15,4 +15,4 @@ def test_the_page_is_the_generated_one():
 
 def test_every_setting_has_one_row():
     rows = [line.split("|")[1].strip() for line in page().splitlines() if line.startswith("| `")]
-    assert rows == [f"`{name}`" for name in setting_names()]
+    assert rows == [f"`{name}`" for name in DECLARED]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, SIZES, make_batch, make_mask, make_model, some_heads
+from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, SIZES, logits_of, make_batch, make_mask, make_model, some_heads
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from loraprune.groups import find_groups
@@ -15,11 +15,6 @@ def cut(config, removed, unit="kv_group"):
     groups = find_groups(model, config, unit)
     mask = make_mask(groups, removed)
     return model, groups, mask, cut_weights(model.state_dict(), groups, mask)
-
-
-@torch.no_grad()
-def logits_of(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def test_the_masked_and_the_cut_model_say_the_same(config):

@@ -22,7 +22,8 @@ from transformers import PretrainedConfig
 from loraprune.errors import UserError
 from loraprune.groups import expected_shapes
 from loraprune.model import adapted_projections
-from loraprune.settings import Settings, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings
 
 CONFIG, WEIGHTS, MASK = "adapter_config.json", "adapter_model.safetensors", "mask.safetensors"
 PREFIX = "base_model.model."

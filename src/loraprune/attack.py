@@ -35,7 +35,9 @@ from loraprune.inputs import load_set, split_kept
 from loraprune.model import check_machine, checked_config, device_of, quiet_libraries, weights_hash
 from loraprune.progress import stage
 from loraprune.row_scores import EncodedSet, refuse_other_tokens
-from loraprune.settings import Settings, flag, settings_from
+from loraprune.setting import flag
+from loraprune.settings import Settings
+from loraprune.settings_file import settings_from
 
 RESULTS, LOCK, SCHEMA = "attacks.json", "attacks.lock", 1
 ROLES: tuple[Role, ...] = get_args(Role)

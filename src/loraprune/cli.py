@@ -24,20 +24,9 @@ from loraprune import evaluate_command
 from loraprune.errors import UserError, nearest
 from loraprune.launch import here, refuse_several
 from loraprune.records import RunReport
-from loraprune.settings import (
-    Settings,
-    allowed_text,
-    allowed_words,
-    flag,
-    kind_of,
-    read_settings,
-    section_of,
-    setting_names,
-    settings_from,
-    text_of,
-    value_text,
-    wrong_value,
-)
+from loraprune.setting import Setting, flag, value_text
+from loraprune.settings import DECLARED, Settings
+from loraprune.settings_file import read_settings, settings_from
 
 GOAL_MET, BUG, USER_ERROR, GOAL_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = "exit codes: 0 the goal is met, 3 the run ended before it, 2 an error you can mend, 1 a bug"
@@ -102,7 +91,7 @@ class Command:
 
 
 def _all_but(*names: str) -> tuple[str, ...]:
-    return tuple(name for name in setting_names() if name not in names)
+    return tuple(name for name in DECLARED if name not in names)
 
 
 def _run(settings: Settings, options: Namespace) -> int:
@@ -119,18 +108,10 @@ def _evaluate(settings: Settings, options: Namespace) -> int:
 
 def _attack(settings: Settings, options: Namespace) -> int:
     from loraprune.attack import attack_run
-
-    given = {name: value for name, value in given_values(options).items() if name in ATTACK}
-    report = attack_run(Path(settings.output), given)
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return GOAL_MET
-    from rich.console import Console
-
     from loraprune.attack_findings import show_findings
 
-    show_findings(report, Console())
-    return GOAL_MET
+    given = {name: value for name, value in given_values(options).items() if name in ATTACK}
+    return _show(attack_run(Path(settings.output), given), options, show_findings)
 
 
 def _status(settings: Settings, options: Namespace) -> int:
@@ -143,16 +124,19 @@ def _status(settings: Settings, options: Namespace) -> int:
 
 def _plan(settings: Settings, options: Namespace) -> int:
     from loraprune.plan import make_plan
+    from loraprune.plan_tables import show_plan
 
-    values = make_plan(settings)
+    return _show(make_plan(settings), options, show_plan)
+
+
+def _show(values: Mapping[str, Any], options: Namespace, show: Callable[..., None]) -> int:
+    """Print what a command found, as JSON or by `show`."""
     if options.json:
         print(json.dumps(values, indent=2))
         return GOAL_MET
     from rich.console import Console
 
-    from loraprune.plan_tables import show_plan
-
-    show_plan(values, Console())
+    show(values, Console())
     return GOAL_MET
 
 
@@ -393,7 +377,7 @@ class Parser(argparse.ArgumentParser):
                 f"{self.prog} takes it without a flag, as {words[name]}.",
                 f"leave {written} out; what follows it stays.",
             )
-        if name in setting_names():
+        if name in DECLARED:
             return _foreign(self.prog, name, written)
         known = {one.lstrip("-").replace("-", "_"): one for one in self._option_string_actions}
         close = nearest(name, known)
@@ -424,14 +408,17 @@ def _usage(name: str) -> str:
 def _fill(parser: Parser, name: str) -> None:
     command = COMMANDS[name]
     if (first := command.first_word) in command.settings:
-        parser.add_argument(first, metavar=WORDS[first], nargs="?", default=argparse.SUPPRESS, help=text_of(first))
+        parser.add_argument(
+            first, metavar=WORDS[first], nargs="?", default=argparse.SUPPRESS, help=DECLARED[first].text
+        )
     for written, options in command.others.items():
         parser.add_argument(written, **options)
     add_debug(parser)
-    for section, names in itertools.groupby(command.flagged, section_of):
+    flagged = [DECLARED[one] for one in command.flagged]
+    for section, settings in itertools.groupby(flagged, lambda one: one.section):
         group = parser.add_argument_group(section)
-        for one in names:
-            add_setting(group, one, flag(one), default=command.defaults.get(one))
+        for one in settings:
+            add_setting(group, one.name, one.flag, default=command.defaults.get(one.name))
 
 
 def add_debug(parser: Parser) -> None:
@@ -443,44 +430,43 @@ def add_setting(
     parser: Any, name: str, written: str, *, text: str = "", default: Any = None, show_default: bool = True
 ) -> None:
     """Add a setting's flag, written as given, to a parser or its group; all else changes its help only."""
-    kind = kind_of(name)
+    one = DECLARED[name]
     options: dict[str, Any] = {
         "default": argparse.SUPPRESS,
-        "help": _help(name, text or text_of(name), default, show_default),
+        "help": _help(one, text or one.text, default, show_default),
     }
-    if kind is bool:
+    if one.kind is bool:
         parser.add_argument(written, action=argparse.BooleanOptionalAction, **options)
         return
-    action = "append" if kind in (tuple, dict) else "store"
-    words = allowed_words(name)
-    metavar = "{" + ",".join(words) + "}" if words else METAVARS[kind]
-    parser.add_argument(written, action=action, type=partial(_read, name), metavar=metavar, **options)
+    action = "append" if one.kind in (tuple, dict) else "store"
+    words = one.allowed_words
+    metavar = "{" + ",".join(words) + "}" if words else METAVARS[one.kind]
+    parser.add_argument(written, action=action, type=partial(_read, one), metavar=metavar, **options)
 
 
-def _help(name: str, text: str, default: Any, show_default: bool) -> str:
-    default = getattr(Settings(), name) if default is None else default
-    allowed = f" It must be {allowed_text(name)}." if kind_of(name) in (int, float) else ""
+def _help(one: Setting, text: str, default: Any, show_default: bool) -> str:
+    default = one.default if default is None else default
+    allowed = f" It must be {one.allowed_text}." if one.kind in (int, float) else ""
     said = f" Default: {value_text(default)}." if show_default else ""
     return f"{text}{said}{allowed}".replace("%", "%%")
 
 
-def _read(name: str, text: str) -> Any:
+def _read(one: Setting, text: str) -> Any:
     """Return what a flag's text means for a setting; lists may stand in square brackets."""
-    kind = kind_of(name)
-    if kind is tuple:
+    if one.kind is tuple:
         return tuple(part.strip() for part in text.strip("[] ").split(",") if part.strip())
-    if kind is dict:
-        return _read_pair(name, text)
+    if one.kind is dict:
+        return _read_pair(one, text)
     try:
-        return kind(text)
+        return one.kind(text)
     except ValueError:
-        raise wrong_value(name, text) from None
+        raise one.wrong(text) from None
 
 
-def _read_pair(name: str, text: str) -> dict[str, str]:
+def _read_pair(one: Setting, text: str) -> dict[str, str]:
     role, _, column = text.partition("=")
     if not role or not column:
-        raise wrong_value(name, text)
+        raise one.wrong(text)
     return {role: column}
 
 

@@ -7,7 +7,7 @@ Symbols  a pass = evaluation without gradients, scoring, or one training step; t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from time import perf_counter
@@ -78,11 +78,16 @@ class Pass:
     def _seconds(self, counts: Mapping[str, int]) -> float:
         rows = fewer(self.heaviest, counts, self.labels)
         self.run(rows)
-        begun = perf_counter()
-        self.run(rows)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return perf_counter() - begun
+        return seconds_of(lambda: self.run(rows))
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """Return how long an action takes, on a GPU until it has done all of it."""
+    begun = perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - begun
 
 
 def pass_over(run: Callable[[str, list[Example]], object], sets: Sets, batch_size: int) -> Pass:
@@ -109,6 +114,11 @@ def _padded(examples: Sequence[Example]) -> int:
 def passes_over(examples: Sequence[Example], batch_size: int) -> list[int]:
     """Return the tokens of every pass over a set."""
     return [_padded([examples[row] for row in rows]) for rows in batches_by_length(examples, batch_size)]
+
+
+def chosen_rows(batch: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Return some rows of a batch."""
+    return {name: one[list(rows)] for name, one in batch.items()}
 
 
 class Passes:
@@ -157,26 +167,23 @@ class Passes:
             **as_asked(self.settings),
         )
 
-    def training(self) -> Pass:
+    def training(self, *, scored: bool = False) -> Pass:
         """Return the training step's pass: the trainer's own loss, the graphs of all its sets alive together, and back.
 
-        With micro-batches a pass is of one set and so many rows.
+        With micro-batches a pass is of one set and so many rows. A scored one leaves what the metric reads of a step,
+        which is then read.
         """
-        step, model, most = self._heaviest_step, self.trainer.adapted, self.settings.micro_batch_size
+        step = {name: self._heaviest_step[name] for name in self.taken_back}
+        most = self._micro_batch_size
         if most is not None:
-            taken_back = step if self.settings.forget_loss != "none" else {"retain"}
-            name = max(taken_back, key=lambda one: step[one]["input_ids"][:most].numel())
+            name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
             step = {name: step[name]}
 
         def run(chosen: Rows) -> None:
-            batches = {
-                name: self._moved({key: one[list(rows)] for key, one in step[name].items()})
-                for name, rows in chosen.items()
-            }
-            model.train()
-            self.trainer.compute_loss(model, batches).backward()
-            model.zero_grad(set_to_none=True)
-            model.eval()
+            self._take_back({name: chosen_rows(step[name], rows) for name, rows in chosen.items()}, scored=scored)
+            if scored:
+                self._read_score()
+            self._forget_gradients()
 
         order = {
             name: batch["attention_mask"].sum(1).argsort(descending=True).tolist()[:most]
@@ -186,20 +193,57 @@ class Passes:
         widths = {name: batch["input_ids"].shape[1] for name, batch in step.items()}
         return Pass(run, order, widths, {name: dict(enumerate(one)) for name, one in labels.items()})
 
+    def read_seconds(self) -> float:
+        """Return how long it takes to read a step's score once the step's passes are done."""
+        self._take_back({"retain": chosen_rows(self._heaviest_step["retain"], [0])}, scored=True)
+        seconds = seconds_of(self._read_score)
+        self._forget_gradients()
+        return seconds
+
+    def _take_back(self, step: Mapping[str, Mapping[str, Tensor]], *, scored: bool) -> None:
+        trainer, batches = self.trainer, {name: self._moved(batch) for name, batch in step.items()}
+        rows = sum(len(batch["input_ids"]) for batch in batches.values())  # where it is scored, of one set
+        model = trainer.adapted.train()
+        with trainer.step_scores.watched(rows, trainer.args.device) if scored else nullcontext():
+            trainer.compute_loss(model, batches).backward()
+
+    def _read_score(self) -> None:
+        self.trainer.step_scores.take_frozen()
+        self.trainer.step_scores.read()
+
+    def _forget_gradients(self) -> None:
+        self.trainer.adapted.zero_grad(set_to_none=True)
+        self.trainer.adapted.eval()
+
     def of_step(self, tokens: Mapping[str, int], names: Sequence[str]) -> list[float]:
         """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
 
         With micro-batches what is pushed down is first read without gradients, a third of a pass with them.
         """
-        most = self.settings.micro_batch_size
+        most = self._micro_batch_size
         if most is None:
             return [sum(tokens[name] for name in names)]
         passes: list[float] = []
         for name in names:
-            batch = self.settings.retain_batch_size if name == "retain" else self.settings.forget_batch_size
-            parts = ceil(batch / most)
+            parts = ceil(self.batch_rows[name] / most)
             passes += [tokens[name] / parts * (1.0 if name == "retain" else 4 / 3)] * parts
         return passes
+
+    @property
+    def taken_back(self) -> list[str]:
+        """Return the sets whose loss a step takes back while it prunes."""
+        return list(self._heaviest_step) if self.settings.forget_loss != "none" else ["retain"]
+
+    @property
+    def batch_rows(self) -> dict[str, int]:
+        """Return the rows of each set in one step: all of them where the set is smaller than its batch."""
+        return {name: len(batch["input_ids"]) for name, batch in self._heaviest_step.items()}
+
+    @property
+    def _micro_batch_size(self) -> int | None:
+        """Return the most rows of a pass of one set; None where the whole step is one pass, as the trainer decides."""
+        most = self.settings.micro_batch_size
+        return None if most is None or most >= max(self.batch_rows.values()) else most
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self.trainer.args.device) for name, one in batch.items()}

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraprune.errors import UserError
-from loraprune.settings import Settings, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--from-log": {

@@ -1,7 +1,7 @@
 """Evaluation table: an evaluation's numbers for the terminal, and in sentences what could not be measured.
 
 Reads    what `evaluate_files` gives
-Gives    evaluation_table, missing_lines, show_evaluation
+Gives    evaluation_table, missing_lines, show_evaluation; cell
 Source   -
 Symbols  a cell = value (95% interval); where a metric stands on fewer rows than its set has, they are named
 """
@@ -61,9 +61,9 @@ def evaluation_table(results: Results) -> Table:
         table.add_column(Text("forget, reference" if name == "reference" else name), justify="right")
     table.add_row("rows (facts)", *(f"{one['rows']:,} ({one['facts']:,})" for one in sets.values()), end_section=True)
     for name, words in OF_SETS.items():
-        _add(table, words, [_cell(one["metrics"].get(name, {}), one["rows"]) for one in sets.values()])
+        _add(table, words, [cell(one["metrics"].get(name, {}), one["rows"]) for one in sets.values()])
     for name, words, entry, rows in _model_lines(results):
-        _add(table, words, [_cell(entry, rows) if one == name else "" for one in sets])
+        _add(table, words, [cell(entry, rows) if one == name else "" for one in sets])
     return table
 
 
@@ -84,11 +84,12 @@ def _add(table: Table, words: str, cells: list[str]) -> None:
         table.add_row(words, *cells)
 
 
-def _cell(entry: Entry, rows: int) -> str:
+def cell(entry: Entry, rows: int | None = None) -> str:
+    """Return the value with its interval, and on how many rows it stands where these are not `rows`; "" for none."""
     if "value" not in entry:
         return ""
     told = [" to ".join(map(number_text, entry["interval"]))] if "interval" in entry else []
-    if (stood := entry.get("rows", entry.get("members", rows))) != rows:
+    if rows is not None and (stood := entry.get("rows", entry.get("members", rows))) != rows:
         told.append(f"{stood:,} rows")
     return f"{number_text(entry['value'])}{' (' + '; '.join(told) + ')' if told else ''}"
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loraprune.evaluation import evaluate_files
-from loraprune.settings import settings_from
-from loraprune.words import number_text
+from loraprune.evaluation_table import cell
+from loraprune.settings_file import settings_from
 
 ROLES = ("original", "reference", "unlearned")
 # What is to be trusted first stands first.
@@ -56,10 +56,7 @@ def metric_rows(measured: Mapping[str, Values]) -> Iterator[list[str]]:
 
 
 def _cell(entry: Values) -> str:
-    if "value" not in entry:
-        return f"not measured: {entry['missing']}"
-    interval = f" ({' to '.join(map(number_text, entry['interval']))})" if "interval" in entry else ""
-    return number_text(entry["value"]) + interval
+    return cell(entry) or f"not measured: {entry['missing']}"
 
 
 def evidence_table(measured: Mapping[str, Values]) -> Table:

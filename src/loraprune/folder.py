@@ -26,7 +26,9 @@ from loraprune.errors import UserError
 from loraprune.events import read_events
 from loraprune.launch import here
 from loraprune.processes import all_do, first_does
-from loraprune.settings import Settings, as_values, flag, settings_from
+from loraprune.setting import flag
+from loraprune.settings import Settings, as_values
+from loraprune.settings_file import settings_from
 
 WRITTEN = ("events.jsonl", "decision.json", "mask.safetensors", "adapter", "model", "metrics.json", "report.html")
 BEFORE_TRAINING = ("config.toml", "inputs.json", "before.json", "original.json", "quantised.json", "events.jsonl")

@@ -34,7 +34,8 @@ from loraprune.length import refuse_idle, resolved
 from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import ModelGroups
 from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, open_kinds, smallest_step
-from loraprune.settings import Settings, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings
 
 OPTIONAL_SETS = ("holdout", "bystander", "guard")
 

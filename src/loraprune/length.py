@@ -10,7 +10,8 @@ from dataclasses import replace
 from math import ceil
 
 from loraprune.errors import UserError
-from loraprune.settings import Settings, flag
+from loraprune.setting import flag
+from loraprune.settings import Settings
 
 IN_STEPS = ("warmup_steps", "prune_rounds", "finish_steps")
 IN_SHARES = ("warmup_share", "finish_share")

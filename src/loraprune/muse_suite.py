@@ -11,22 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune.cache import Cache, cache_folder
 from loraprune.data import NO_LABEL, PLAIN_TEMPLATE, Example, encode, written_out
 from loraprune.errors import UserError
-from loraprune.evaluation_log import EvaluationLog, read_log
+from loraprune.evaluation_log import EvaluationLog
 from loraprune.log_aggregates import Entry
-from loraprune.log_writer import Content, scored, write_log
-from loraprune.model import check_machine, quiet_libraries
+from loraprune.log_writer import Content, scored
 from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import Row, load_rows
 from loraprune.suite import (
+    Rows,
     Source,
     asked,
     log_attacks,
     not_measured,
     refuse_reference,
+    run_suite,
     tokens_of,
     written,
 )
@@ -44,22 +44,15 @@ ROUGE = (*(f"{name}_ROUGE" for name in KNOWN), "forget_verbmem_ROUGE")
 
 
 def run_muse(settings: Settings, request: "Request") -> dict[str, Entry]:
-    """Return the suite's aggregates on the settings' model, having written its log; lengths are the suite's own.
+    """Return the suite's aggregates on the settings' model, having written its log; raises what `run_suite` does.
 
-    Raises UserError for a file that is missing or a reference log of other rows, before anything is measured.
+    Lengths are the suite's own.
     """
-    assert request.data is not None and request.output is not None  # read_request refuses the rest
-    check_machine(settings)
-    reference = None if request.reference_log is None else read_log(request.reference_log)
-    with quiet_libraries():
-        rows = read_muse(Source(request.data))
-        subject = Subject(settings.model, settings, Cache(cache_folder(settings.cache)))
-        content = measure_muse(subject, rows, reference)
-    found = write_log(Path(request.output), "MUSE", content, reference)
+    _, found = run_suite("MUSE", settings, request, read_muse, measure_muse)
     return dict(sorted((found | not_measured(settings, ROUGE, None)).items()))
 
 
-def read_muse(source: Source) -> dict[str, list[Row]]:
+def read_muse(source: Source) -> Rows:
     """Return the suite's rows by file."""
     asked_files = [f"{file}{end}" for file in KNOWN.values() for end in ("", "_icl")]
     missing = [name for name in (*asked_files, WORDING, *ATTACKED.values()) if source.find(name) is None]
@@ -87,7 +80,7 @@ def _plain_texts(source: Source, name: str) -> list[Row]:
     return source.rows(name)
 
 
-def measure_muse(subject: Subject, rows: dict[str, list[Row]], reference: EvaluationLog | None) -> Content:
+def measure_muse(subject: Subject, rows: Rows, reference: EvaluationLog | None) -> Content:
     """Return the rows' values of every metric of the suite under one model, in open-unlearning's schema."""
     wording = _wording(subject, rows[WORDING])
     texts = asked(subject, wording.rows, wording.examples)
@@ -129,7 +122,7 @@ def _texts(subject: Subject, name: str, rows: Sequence[Row]) -> EncodedSet:
     return EncodedSet(name, rows, examples, range(len(rows)))
 
 
-def _known(subject: Subject, rows: dict[str, list[Row]], file: str) -> dict[str, Any]:
+def _known(subject: Subject, rows: Rows, file: str) -> dict[str, Any]:
     """Return what the model answers to a file's questions, its examples standing in front."""
     examples = _after_examples(subject, rows[file], rows[f"{file}_icl"], file)
     texts = asked(subject, rows[file], examples)

@@ -59,6 +59,7 @@ def make_plan(settings: Settings) -> Values:
                 "task": "unlearn" if settings.is_unlearning else "prune",
                 "device": str(device_of(settings)),
                 "groups": group_values(trial.groups, decide),
+                "scored": scored_values(settings, trial),
                 "shares": share_values(settings, trial, decide) if settings.is_unlearning else None,
                 "overlap": overlap_values(inputs),
                 "checkpoint": checkpoint_values(inputs.config, trial.groups, goal, settings),
@@ -175,6 +176,15 @@ def _layer_runs(groups: ModelGroups, kind: GroupKind) -> list[Values]:
         else:
             runs.append({"first": one.layer, "last": one.layer, **own})
     return runs
+
+
+def scored_values(settings: Settings, trial: Trial) -> Values:
+    """Return what the plan has scored, and whether the run takes its scores from so many of its training steps."""
+    return {
+        "rows": {name: len(one) for name, one in trial.sample.items()},
+        "run_from": settings.score_from,
+        "run_steps": len(trial.scored_steps),
+    }
 
 
 def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:

@@ -37,6 +37,7 @@ def show_plan(values: Values, console: Console) -> None:
     if values["shares"] is not None:
         console.print(shares_table(values["shares"]))
     _say(console, share_lines(values["shares"]))
+    _say(console, scored_lines(values["scored"]))
     _say(console, overlap_lines(values["overlap"]))
     _say(console, checkpoint_lines(values["checkpoint"]))
     console.print(memory_table(values["memory"], values["device"]))
@@ -107,6 +108,18 @@ def share_lines(shares: Values | None) -> list[str]:
             "the shares; lower --unlearning-threshold or --sparsity"
         )
     return [*lines, ""]
+
+
+def scored_lines(scored: Values) -> list[str]:
+    """Return that the run will score otherwise than the plan, where it does."""
+    if scored["run_from"] == "passes":
+        return []
+    return [
+        f"the run scores from training's own gradients, at {scored['run_steps']} of its steps; what goes, and with it "
+        f"the widths shown below, is by passes over {scored['rows']['retain']} retain rows now; what scoring takes is "
+        "part of train below",
+        "",
+    ]
 
 
 # --- data, checkpoint -------------------------------------------------------------------------------------------------

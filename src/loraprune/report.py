@@ -25,7 +25,9 @@ from loraprune.errors import UserError
 from loraprune.events import read_events
 from loraprune.figure import figure_bytes
 from loraprune.folder import write_text
-from loraprune.settings import Settings, setting_names, settings_from, value_text
+from loraprune.setting import value_text
+from loraprune.settings import Settings
+from loraprune.settings_file import settings_from
 from loraprune.words import (
     ENDINGS,
     FORMS,
@@ -217,9 +219,9 @@ def _word_without_folders(word: str) -> str:
 
 def changed_settings(values: Values) -> dict[str, str]:
     """Return the settings that differ from their defaults, as text; the run's folder is left out."""
-    settings, plain = settings_from(values), Settings()
-    names = [name for name in setting_names() if getattr(settings, name) != getattr(plain, name) and name != "output"]
-    return {name: _setting_text(name, getattr(settings, name)) for name in names}
+    settings = settings_from(values)
+    names = settings.changed(Settings())
+    return {name: _setting_text(name, getattr(settings, name)) for name in names if name != "output"}
 
 
 def _setting_text(name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ from loraprune.cli import COMMANDS, Parser, add_debug, add_setting, code_of, com
 from loraprune.errors import UserError
 from loraprune.length import IN_SHARES, needs_epochs
 from loraprune.records import RunReport
-from loraprune.settings import INSTRUCTION, Settings, setting_names, text_of
+from loraprune.settings import DECLARED, INSTRUCTION, Settings
 
 # The plan's names on the left, the settings they stand for on the right; all other settings keep their own names.
 PLAN_NAMES: dict[str, tuple[str, ...]] = {
@@ -51,9 +51,10 @@ WANDB: dict[str, tuple[str, str]] = {
     "wandb_watch": ("WANDB_WATCH", "Report to Weights & Biases; what it watches: false, gradients, parameters or all."),
     "wandb_log_model": (
         "WANDB_LOG_MODEL",
-        "Report to Weights & Biases; whether it keeps the adapters: false, end or checkpoint.",
+        "Report to Weights & Biases; whether it keeps the adapters: false, or end, as training leaves them.",
     ),
 }
+WANDB_WORDS = {"wandb_watch": ("false", "gradients", "parameters", "all"), "wandb_log_model": ("false", "end")}
 IN_8BIT, RESUME = "load_in_8bit", "resume_from_checkpoint"
 
 SETS_OF_UNLEARNING = {"forget_dataset", "forget", "retain_dataset", "retain"}
@@ -136,10 +137,17 @@ def _resumed(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 
 def _reported(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where metrics go; raise UserError where a flag of Weights & Biases is given and that is not installed."""
+    """Return where metrics go; raise UserError where a flag of Weights & Biases is given that could not be obeyed."""
     asked = [name for name in WANDB if name in given]
     if not asked:
         return {}
+    for name, words in WANDB_WORDS.items():
+        if name in given and given[name] not in (False, *words):
+            raise UserError(
+                f"--{name} is {given[name]!r}; it must be one of {', '.join(words)}.",
+                "another word would be ignored; a run leaves no checkpoints of transformers' Trainer to be kept.",
+                f"give one of these, or leave --{name} out.",
+            )
     if find_spec("wandb") is None:
         raise UserError(
             f"--{asked[0]} is given, and wandb is not installed.",
@@ -175,7 +183,7 @@ def script_parser(program: str, text: str, settings: Collection[str]) -> Parser:
     plan, own = parser.add_argument_group("names of the plan"), parser.add_argument_group("all settings")
     for name, behind in PLAN_NAMES.items():
         if set(behind) <= set(settings):
-            add_setting(plan, behind[0], f"--{name}", text=" ".join(map(text_of, behind)))
+            add_setting(plan, behind[0], f"--{name}", text=" ".join(DECLARED[one].text for one in behind))
     if "report_to" in settings:
         _add_others(plan, settings)
     for name in settings:
@@ -240,7 +248,7 @@ def underscored(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the script and return its exit code; None takes the process's own arguments."""
     given = sys.argv[1:] if arguments is None else arguments
-    taken = [name for name in setting_names() if name in COMMANDS["plan"].settings]  # of unlearn and prune together
+    taken = [name for name in DECLARED if name in COMMANDS["plan"].settings]  # of unlearn and prune together
     text = (
         "Unlearn a forget set, or compress a model on --data_path, which is written by --template instruction unless "
         "another is given. What LoRAPrune's own defaults were, docs/loraprune-scripts.md says."

@@ -1,45 +1,24 @@
 """Settings: every knob of a run, each with one sentence, a default and a range.
 
-Reads    keyword arguments, a TOML file, or the command line (through cli.py)
-Gives    Settings, frozen and checked; the sentences feed --help, docs/settings.md and error messages
+Reads    keyword arguments; files and the command line come through settings_file.py and cli.py
+Gives    Settings, frozen and checked; DECLARED: what is declared of each, by name; as_values
 Source   four fields come from the unlearning plan (threshold, epsilon, floor, ratio), with its defaults
 Symbols  P = performance, S = dual score, share = S / (1 + S)
 """
 
 import dataclasses
 import functools
-import math
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from loraprune.errors import UserError, nearest
 from loraprune.presets import PRESETS
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
 from loraprune.records import AttentionUnit, Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
+from loraprune.setting import Setting, setting
 
 PLAIN_BITS = 16  # stands for the checkpoint's own format
 INSTRUCTION = "instruction"  # the name of a template; see data.py
-
-KIND_WORDS: dict[type, str] = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "a list of names",
-    dict: "pairs role=column",
-}
-_ACCEPTED: dict[type, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
-
-
-def setting(default: Any, section: str, text: str, *, allowed: Range | tuple[str | int, ...] | None = None) -> Any:
-    """Declare one setting; `text` is one full sentence that states its effect."""
-    metadata = {"section": section, "text": text, "allowed": allowed}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +92,7 @@ class Settings:
     )
     floor_rows: str | None = setting(None, "data", "File of floor rows, used in place of a tenth of the retain set.")
     final_rows: str | None = setting(None, "data", "File of final rows, used in place of a tenth of the retain set.")
-    columns: dict[str, str] = setting(  # noqa: RUF009  # by default_factory: a fresh dict every time
+    columns: dict[str, str] = setting(
         {},
         "data",
         "Which column plays which role, as role=column pairs; roles: messages, prompt, input, answer, text, facts, "
@@ -161,19 +140,17 @@ class Settings:
         "and scored; what is measured is always the answer.",
     )
 
-    metric: Metric = setting(  # noqa: RUF009  # a plain word
+    metric: Metric = setting(
         "gate",
         "sensitivity",
         "How sensitivity is computed: from adapter gradients (lora), per-example gates (gate), gradients of the frozen "
         "weights (grad; memory for all of them), mean input x column norm (activation), the weights alone (magnitude), "
         "or not at all (random, a control).",
-        allowed=get_args(Metric),
     )
-    score_loss: ScoreLoss = setting(  # noqa: RUF009  # a plain word
+    score_loss: ScoreLoss = setting(
         "log_odds",
         "sensitivity",
         "Which loss is scored; log_odds keeps a gradient on facts known by heart, nll does not.",
-        allowed=get_args(ScoreLoss),
     )
     score_rows: int = setting(
         128,
@@ -189,19 +166,17 @@ class Settings:
         "sensitivity",
         "Metric lora subtracts gB gA too, as published; it depends on the loss's scale and changes with clipping.",
     )
-    score_norm: ScoreNorm = setting(  # noqa: RUF009  # a plain word
+    score_norm: ScoreNorm = setting(
         "mean",
         "sensitivity",
         "What a score is divided by before it is averaged: the mean of its kind over the model (mean), the L2 norm of "
         "each projection (module, the released code), or nothing (none).",
-        allowed=get_args(ScoreNorm),
     )
-    score_from: ScoreFrom = setting(  # noqa: RUF009  # a plain word
+    score_from: ScoreFrom = setting(
         "passes",
         "sensitivity",
         "Whether scores come from passes of their own or, in compression, from the training steps' own gradients, "
         "which costs next to nothing.",
-        allowed=get_args(ScoreFrom),
     )
     score_every: int = setting(
         5, "sensitivity", "Training steps between two scores when they come from training.", allowed=AT_LEAST_ONE
@@ -249,19 +224,17 @@ class Settings:
         "What sparsity is a share of: all parameters of the model, or the groups of every layer that is not frozen.",
         allowed=("parameters", "groups"),
     )
-    budget: Budget = setting(  # noqa: RUF009  # a plain word
+    budget: Budget = setting(
         "kind",
         "decision",
         "What loses the same fraction: every layer (layer), each kind over all layers (kind), or nothing, all groups "
         "standing in one ranking (global). Under uniform widths layer and kind are the same.",
-        allowed=get_args(Budget),
     )
-    attention_unit: AttentionUnit = setting(  # noqa: RUF009  # a plain word
+    attention_unit: AttentionUnit = setting(
         "kv_group",
         "decision",
         "What goes of attention: key/value heads with all query heads that share them (kv_group), or single query "
         "heads, as many of each kv_group (q_head), where a model has too few kv_groups to lose one.",
-        allowed=get_args(AttentionUnit),
     )
     attention_ratio: float = setting(
         1.0,
@@ -285,12 +258,11 @@ class Settings:
     min_groups_per_layer: int = setting(
         1, "decision", "Groups of each kind that every layer keeps.", allowed=AT_LEAST_ONE
     )
-    widths: Widths = setting(  # noqa: RUF009  # a plain word
+    widths: Widths = setting(
         "uniform",
         "decision",
         "Whether every layer keeps the same number of groups of a kind (uniform: stock transformers loads the result), "
         "or each layer its own (per_layer: the result brings its modelling code along).",
-        allowed=get_args(Widths),
     )
     round_to: int = setting(
         1,
@@ -369,12 +341,11 @@ class Settings:
         allowed=NOT_NEGATIVE,
     )
     prune_every: int = setting(15, "training", "Training steps between two pruning steps.", allowed=AT_LEAST_ONE)
-    schedule: Schedule = setting(  # noqa: RUF009  # a plain word
+    schedule: Schedule = setting(
         "cubic",
         "training",
         "How sparsity grows: by a cubic that ends at the goal, or as in the released code, which begins a round "
         "earlier and ends short of it.",
-        allowed=get_args(Schedule),
     )
     prune_rounds: int = setting(
         12, "training", "Pruning steps over which the cubic schedule reaches the sparsity.", allowed=AT_LEAST_ONE
@@ -409,12 +380,11 @@ class Settings:
         "Folder that keeps what was measured, by the content of weights and rows, so that it is not measured twice; "
         "auto is loraprune in the user's cache folder (or what LORAPRUNE_CACHE names), none keeps nothing.",
     )
-    compat: Compat = setting(  # noqa: RUF009  # a plain word
+    compat: Compat = setting(
         "none",
         "evaluation",
         "Whose attention mask is taken: open-unlearning hides every token that equals the padding token, on Llama 3 "
         "the ends of the prompt's turns; none hides padding alone, which is right.",
-        allowed=get_args(Compat),
     )
     rouge_rows: int = setting(
         400,
@@ -478,8 +448,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            _check_value(one, getattr(self, one.name))
+        for name, one in DECLARED.items():
+            one.check(getattr(self, name))
 
     @property
     def is_unlearning(self) -> bool:
@@ -487,7 +457,10 @@ class Settings:
 
     def changed(self, other: "Settings") -> list[str]:
         """Return the names of the settings in which the two differ."""
-        return [one.name for one in dataclasses.fields(self) if getattr(self, one.name) != getattr(other, one.name)]
+        return [name for name in DECLARED if getattr(self, name) != getattr(other, name)]
+
+
+DECLARED = {one.name: Setting.of(one) for one in dataclasses.fields(Settings)}  # in the order of their declaration
 
 
 def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
@@ -501,143 +474,6 @@ def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Settings.__init__ = _with_preset(Settings.__init__)  # type: ignore[method-assign]
-
-
-def flag(name: str) -> str:
-    """Return a setting's name as it is typed on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def kind_of(name: str) -> type:
-    """Return what a setting holds: bool, int, float, str, tuple (of str) or dict (str to str); unset is left aside."""
-    hint = get_type_hints(Settings)[name]
-    if get_origin(hint) is Literal:
-        return str
-    if get_origin(hint) in (tuple, dict):
-        return get_origin(hint)
-    return next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
-
-
-def section_of(name: str) -> str:
-    """Return the section under which a setting is listed."""
-    return _field(name).metadata["section"]
-
-
-def text_of(name: str) -> str:
-    """Return the sentence that says what a setting does."""
-    return _field(name).metadata["text"]
-
-
-def allowed_words(name: str) -> tuple[str, ...]:
-    """Return the words or numbers a setting may be, as they are typed; empty where it is no choice of a few."""
-    allowed = _field(name).metadata["allowed"]
-    return tuple(map(str, allowed)) if isinstance(allowed, tuple) else ()
-
-
-def allowed_text(name: str) -> str:
-    """Return in words what a setting may be, such as "a number in (0, 1)"."""
-    allowed, kind = _field(name).metadata["allowed"], KIND_WORDS[kind_of(name)]
-    if isinstance(allowed, tuple):
-        return f"one of {', '.join(map(str, allowed))}"
-    return f"{kind} {_inside(allowed)}" if isinstance(allowed, Range) else kind
-
-
-def default_text(name: str) -> str:
-    """Return a setting's default as it is typed on the command line; "unset" where there is none."""
-    return value_text(getattr(Settings(), name))
-
-
-def value_text(value: Any) -> str:
-    """Return a setting's value as it is typed on the command line, line breaks as \\n."""
-    if value is None or value == "":
-        return "unset"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple | dict):
-        return ",".join(value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
-
-
-def wrong_value(name: str, value: Any) -> UserError:
-    """Return the error for a value that a setting cannot take; the caller raises it."""
-    default = default_text(name)
-    return UserError(
-        f"{name} is {value!r}; it must be {allowed_text(name)}.",
-        text_of(name),
-        f"set {flag(name)} to {allowed_text(name)}{'' if default == 'unset' else f' (default {default})'}.",
-    )
-
-
-def _field(name: str) -> "dataclasses.Field[Any]":
-    return Settings.__dataclass_fields__[name]
-
-
-def _inside(allowed: Range) -> str:
-    return str(allowed) if math.isinf(allowed.high) else f"in {allowed}"
-
-
-def _check_value(one: "dataclasses.Field[Any]", value: Any) -> None:
-    allowed = one.metadata["allowed"]
-    if allowed is None or (value is None and one.default is None):
-        return
-    known = isinstance(allowed, tuple) and value in allowed
-    inside = isinstance(allowed, Range) and isinstance(value, int | float) and allowed.holds(value)
-    if not known and not inside:
-        raise wrong_value(one.name, value)
-
-
-def setting_names() -> list[str]:
-    """Return the names of all settings in the order of their declaration."""
-    return [one.name for one in dataclasses.fields(Settings)]
-
-
-def refuse_unknown(names: list[str]) -> None:
-    """Raise UserError for the first name that is no setting, offering the nearest one."""
-    known = setting_names()
-    for name in names:
-        if name in known:
-            continue
-        close = nearest(name.replace("-", "_").lstrip("_"), known)
-        raise UserError(
-            f"there is no setting {name}.",
-            "a misspelt setting would be ignored, and the run would not be the one you asked for.",
-            f"did you mean {close}?" if close else "loraprune unlearn --help lists all settings.",
-        )
-
-
-def settings_from(values: Mapping[str, Any]) -> Settings:
-    """Return checked settings from plain values (of a TOML file, say); lists become tuples."""
-    refuse_unknown(list(values))
-    return Settings(**{name: _coerce(name, value) for name, value in values.items()})
-
-
-def _coerce(name: str, value: Any) -> Any:
-    kind = kind_of(name)
-    if value is None and _field(name).default is None:
-        return None
-    if value is None or not _fits(kind, value):
-        raise wrong_value(name, value)
-    return float(value) if kind is float else tuple(value) if kind is tuple else value
-
-
-def _fits(kind: type, value: Any) -> bool:
-    if kind is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    if kind is dict:
-        return isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values())
-    return isinstance(value, _ACCEPTED[kind]) and isinstance(value, bool) == (kind is bool)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the values of a TOML file of settings; raise UserError where it is missing or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"the settings file {path} cannot be read: {error.strerror}.", "--config names it.", "correct --config."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}.", "settings files are TOML.", "mend that line.") from None
 
 
 def as_values(settings: Settings) -> dict[str, Any]:

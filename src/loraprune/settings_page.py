@@ -1,14 +1,16 @@
 """Settings page: docs/settings.md, written from the settings themselves.
 
-Reads    Settings
+Reads    what is declared of each setting
 Gives    page; `python -m loraprune.settings_page > docs/settings.md`
 Source   -
 Symbols  -
 """
 
 import itertools
+from collections.abc import Iterable
 
-from loraprune.settings import allowed_text, default_text, flag, kind_of, section_of, setting_names, text_of
+from loraprune.setting import Setting
+from loraprune.settings import DECLARED
 
 INTRODUCTION = """# Settings
 
@@ -23,23 +25,23 @@ HEADING = "| setting | flag | default | range | effect |\n|---|---|---|---|---|"
 
 def page() -> str:
     """Return the page as Markdown: one table per section."""
-    sections = itertools.groupby(setting_names(), section_of)
-    return "\n".join([INTRODUCTION, *(_table(section, list(names)) for section, names in sections)])
+    sections = itertools.groupby(DECLARED.values(), lambda one: one.section)
+    return "\n".join([INTRODUCTION, *(_table(section, settings) for section, settings in sections)])
 
 
-def _table(section: str, names: list[str]) -> str:
-    return "\n".join([f"## {section}", "", HEADING, *map(_row, names), ""])
+def _table(section: str, settings: Iterable[Setting]) -> str:
+    return "\n".join([f"## {section}", "", HEADING, *map(_row, settings), ""])
 
 
-def _row(name: str) -> str:
-    cells = (f"`{name}`", _flag(name), f"`{default_text(name)}`", allowed_text(name), text_of(name))
+def _row(one: Setting) -> str:
+    cells = (f"`{one.name}`", _flag(one), f"`{one.default_text}`", one.allowed_text, one.text)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _flag(name: str) -> str:
-    if name == "model":
+def _flag(one: Setting) -> str:
+    if one.name == "model":
         return "`MODEL`, the first word"
-    return f"`{flag(name)}`, `--no-{flag(name)[2:]}`" if kind_of(name) is bool else f"`{flag(name)}`"
+    return f"`{one.flag}`, `--no-{one.flag[2:]}`" if one.kind is bool else f"`{one.flag}`"
 
 
 if __name__ == "__main__":

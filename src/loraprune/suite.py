@@ -1,28 +1,35 @@
 """Suite: what the suites of TOFU and MUSE share: their files, what a model writes, attacks, the log.
 
 Reads    a folder of a suite's files, or its hub data set; a Subject
-Gives    Source, asked, written, log_attacks, not_measured, refuse_reference
+Gives    run_suite, Rows, Source, asked, written, log_attacks, not_measured, refuse_reference
 Source   open-unlearning, arXiv 2506.12618, for what each row's entry holds
 Symbols  -
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from loraprune.cache import Cache, cache_folder
 from loraprune.data import NO_LABEL, Example
 from loraprune.errors import UserError
-from loraprune.evaluation_log import EvaluationLog
+from loraprune.evaluation_log import EvaluationLog, read_log
 from loraprune.generation import end_tokens, generate
 from loraprune.log_aggregates import Entry
 from loraprune.log_pairs import check_pair, check_tokens
-from loraprune.log_writer import Content, attacked, metric
+from loraprune.log_writer import Content, attacked, metric, write_log
+from loraprune.model import check_machine, quiet_libraries
 from loraprune.progress import stage
 from loraprune.rouge import rouge
 from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import LOOKS_LIKE_FILE, Record, Row, load_rows, read_source
+
+if TYPE_CHECKING:
+    from loraprune.benchmark import Request
+
+Rows = dict[str, list[Row]]
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 NO_NUMBER = float("nan")
@@ -69,6 +76,27 @@ class Source:
             )
         config, _, split = name.partition("/")
         return f"{self.where}:{config}:{split or 'train'}"
+
+
+def run_suite(
+    name: str,
+    settings: Settings,
+    request: "Request",
+    read: Callable[[Source], Rows],
+    measure: Callable[[Subject, Rows, EvaluationLog | None], Content],
+) -> tuple[Rows, dict[str, Entry]]:
+    """Return a suite's rows and its aggregates on the settings' model, having written NAME_EVAL.json and its summary.
+
+    Raises UserError for a file that is missing or a reference log of other rows, before anything is measured.
+    """
+    assert request.data is not None and request.output is not None  # read_request refuses the rest
+    check_machine(settings)
+    reference = None if request.reference_log is None else read_log(request.reference_log)
+    with quiet_libraries():
+        rows = read(Source(request.data))
+        subject = Subject(settings.model, settings, Cache(cache_folder(settings.cache)))
+        content = measure(subject, rows, reference)
+    return rows, write_log(Path(request.output), name, content, reference)
 
 
 def tokens_of(encoded: EncodedSet) -> list[int]:

@@ -8,23 +8,32 @@ Symbols  k wrong answers a row; para = the right answer in other words, pert = w
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraprune.cache import Cache, Columns, cache_folder
+from loraprune.cache import Columns
 from loraprune.errors import UserError
-from loraprune.evaluation_log import EvaluationLog, read_log
+from loraprune.evaluation_log import EvaluationLog
 from loraprune.generation import ANSWER_TOKENS
 from loraprune.log_aggregates import Entry
-from loraprune.log_writer import Content, likely, metric, scored, write_log
+from loraprune.log_writer import Content, likely, metric, scored
 from loraprune.metrics import probability_with_options, truth_ratio
-from loraprune.model import check_machine, quiet_libraries
 from loraprune.row_scores import EncodedSet, Subject, prompt_of
 from loraprune.settings import Settings
 from loraprune.sources import Row
-from loraprune.suite import Source, asked, log_attacks, not_measured, refuse_reference, tokens_of, written
+from loraprune.suite import (
+    Rows,
+    Source,
+    asked,
+    log_attacks,
+    not_measured,
+    refuse_reference,
+    run_suite,
+    tokens_of,
+    written,
+)
 
 if TYPE_CHECKING:
     from loraprune.benchmark import Request
@@ -35,24 +44,14 @@ RATIO_NAMES = {"forget": "forget_truth_ratio"}  # else PREFIX_Truth_Ratio
 
 
 def run_tofu(settings: Settings, request: "Request") -> dict[str, Entry]:
-    """Return the suite's aggregates on the settings' model, having written its log.
-
-    Raises UserError for a file that is missing or a reference log of other rows, before anything is measured.
-    """
-    assert request.data is not None and request.output is not None  # read_request refuses the rest
-    check_machine(settings)
-    reference = None if request.reference_log is None else read_log(request.reference_log)
-    with quiet_libraries():
-        rows = read_tofu(Source(request.data), request.split)
-        subject = Subject(settings.model, settings, Cache(cache_folder(settings.cache)))
-        content = measure_tofu(subject, rows, reference)
-    found = write_log(Path(request.output), "TOFU", content, reference)
+    """Return the suite's aggregates on the settings' model, having written its log; raises what `run_suite` does."""
+    rows, found = run_suite("TOFU", settings, request, partial(read_tofu, split=request.split), measure_tofu)
     no_holdout = None if "holdout" in rows else NO_HOLDOUT.format(_holdout(request.split))
     rouge = [*(f"{name}_Q_A_ROUGE" for name in ("forget", *KEPT)), "model_utility"]  # utility is made of ROUGE as well
     return dict(sorted((found | not_measured(settings, rouge, no_holdout)).items()))
 
 
-def read_tofu(source: Source, split: str) -> dict[str, list[Row]]:
+def read_tofu(source: Source, split: str) -> Rows:
     """Return the suite's rows: "forget" and "holdout" as they are asked, the others with wrong answers."""
     names = {"forget": split, "forget compared": f"{split}_perturbed", **KEPT}
     missing = [name for name in names.values() if source.find(name) is None]
@@ -96,7 +95,7 @@ def _refuse_other_questions(rows: Sequence[Row], compared: Sequence[Row], split:
         )
 
 
-def measure_tofu(subject: Subject, rows: dict[str, list[Row]], reference: EvaluationLog | None) -> Content:
+def measure_tofu(subject: Subject, rows: Rows, reference: EvaluationLog | None) -> Content:
     """Return the rows' values of every metric of the suite under one model, in open-unlearning's schema."""
     forget = subject.encode("forget", rows["forget"])
     if reference is not None:

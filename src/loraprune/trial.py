@@ -86,6 +86,9 @@ class Trial:
             name: score_sample(examples, settings.score_rows, settings.seed)
             for name, examples in self.trainer.sets.scored()
         }
+        self.scored_steps = frozenset(  # 0, 1, ...: from their own gradients; none where passes score
+            step for step in range(self._main_steps) if self.trainer.step_scores.due(step + 1)
+        )
         self.score_seconds = 0.0
 
     @property
@@ -119,6 +122,8 @@ class Trial:
         footprints = {name: one.footprint() for name, one in passes.items()}
         trials = {name: trial_counts(footprints[name], one.counts) for name, one in passes.items()}
         costs = {name: one.cost(trials[name]) for name, one in passes.items()}
+        if self.scored_steps:
+            costs["read"] = Cost(self.passes.read_seconds(), token=0.0)
         held = self._held(max(footprints[name].peak(trials[name]) for name in passes))
         peaks = {name: footprints[name].peak(one.counts) for name, one in passes.items()}
         begun = perf_counter()
@@ -130,11 +135,14 @@ class Trial:
         }
 
     def trial_passes(self) -> dict[str, Pass]:
-        """Return the kinds of pass that the run is made of; a look is an evaluation while it trains."""
+        """Return the kinds of pass that the run is made of; a look is an evaluation while it trains.
+
+        What scores is a pass over the sample, or of a training step where scores come from training.
+        """
         return {
             "evaluate": self.passes.evaluation(self.inputs.examples, adapted=False),
             "look": self.passes.evaluation(self._looked_at(), adapted=True),
-            "score": self.passes.scoring(self.sample),
+            "score": self.passes.training(scored=True) if self.scored_steps else self.passes.scoring(self.sample),
             "train": self.passes.training(),
         }
 
@@ -168,17 +176,19 @@ class Trial:
     def _needs(self, peaks: Mapping[str, int], goal: Mask) -> list[Values]:
         """Return what every stage needs at its heaviest, in the order in which the stages begin.
 
-        Of several models one at a time is evaluated; training takes a step before anything is scored.
+        Of several models one at a time is evaluated; training takes a step before anything is scored. Scores from
+        training are read in its steps: there is no stage of them.
         """
         optimizer = (MOMENTS + POINTS * POINT) * self.adapters
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": optimizer}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest, left = max([1.0, *self._other_sizes()]), round((1 - goal.sparsity(self.groups)) * self.plain)
         export = self._written(peaks, left) if self.quantised else {**trained, "activations": peaks["export"]}
+        score, train = peaks["score"], max(peaks["train"], peaks["look"] + self.copied)
         return [
             {"stage": "evaluate before", "weights": round(largest * self.plain), **alone},
-            {"stage": "train", **trained, "activations": max(peaks["train"], peaks["look"] + self.copied)},
-            {"stage": "score", **trained, "activations": peaks["score"]},
+            {"stage": "train", **trained, "activations": max(train, score) if self.scored_steps else train},
+            *([] if self.scored_steps else [{"stage": "score", **trained, "activations": score}]),
             {"stage": "export", **export},
             {"stage": "evaluate after", "weights": left, **alone},
         ]
@@ -201,16 +211,12 @@ class Trial:
         evaluate = self.load_seconds + self._over(costs["evaluate"], list(self.inputs.examples))
         other = self.load_seconds + self._over(costs["evaluate"], ["forget"] if self.settings.is_unlearning else [])
         look, rounds = self._over(costs["look"], self._looked_at()), self.settings.prune_rounds
-        passes = self.settings.score_from == "passes"
         sample = costs["look"].seconds(passes_over(self.sample["retain"], self.settings.evaluate_batch_size))
         rescaling = 2 * sample * self.settings.rescale_survivors  # outputs are measured before and after
         stages = {
             "evaluate before": evaluate + other * sum(self._other_sizes()),
-            "train": self.load_seconds
-            + costs["train"].seconds(self._training_passes())
-            + self._looks * look
-            + rounds * rescaling,
-            "score": rounds * passes * self.score_seconds,
+            "train": self.load_seconds + self._training_seconds(costs) + self._looks * look + rounds * rescaling,
+            **({} if self.scored_steps else {"score": rounds * self.score_seconds}),
             "export": export_seconds,
             "evaluate after": evaluate,
         }
@@ -229,13 +235,24 @@ class Trial:
         size = self.settings.evaluate_batch_size
         return sum(cost.seconds(passes_over(self.inputs.examples[name], size)) for name in names)
 
-    def _training_passes(self) -> list[float]:
-        """Return the tokens of every pass in training; after the last pruning step it is of the retain set alone."""
-        main = self.settings.warmup_steps + self.settings.prune_every * self.settings.prune_rounds
-        steps = self.passes.step_tokens
-        return joined(
-            self.passes.of_step(one, list(one) if number < main else ["retain"]) for number, one in enumerate(steps)
-        )
+    def _training_seconds(self, costs: Mapping[str, Cost]) -> float:
+        """Return the seconds of all training steps; after the last pruning step they are of the retain set alone."""
+        plain: list[float] = []
+        scored: list[float] = []
+        for number, tokens in enumerate(self.passes.step_tokens):
+            names = self.passes.taken_back if number < self._main_steps else ["retain"]
+            (scored if number in self.scored_steps else plain).extend(self.passes.of_step(tokens, names))
+        seconds = costs["train"].seconds(plain)
+        if not scored:
+            return seconds
+        read = costs["read"].each  # once a step, and in the cost of a scored pass once each
+        without = replace(costs["score"], each=max(0.0, costs["score"].each - read))
+        return seconds + without.seconds(scored) + read * len(self.scored_steps)
+
+    @property
+    def _main_steps(self) -> int:
+        """Return the training steps until the last pruning step."""
+        return self.settings.warmup_steps + self.settings.prune_every * self.settings.prune_rounds
 
     @property
     def _looks(self) -> int:
