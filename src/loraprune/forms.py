@@ -24,6 +24,7 @@ from loraprune.settings import Settings
 
 Form = Literal["stock", "per_layer"]
 CODE_FILE = Path(code.__file__)
+NEWEST = "main"  # the revision of a hub name that is read where none is asked for
 EARLIER_CODE: tuple[str, ...] = ()  # SHA-256 of the file in releases whose models this one reads just the same
 
 
@@ -72,29 +73,30 @@ def _classes(family: str) -> tuple[Any, Any]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def use_own_code(name: str) -> None:
+def use_own_code(name: str, revision: str = NEWEST) -> None:
     """Have transformers load a per-layer checkpoint by our copy of its code; the file in the folder is never run.
 
     Raises UserError where that file is none that this release knows. Other checkpoints are left alone, and what is no
     checkpoint is left to those who load it.
     """
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
+        values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError):
         return
     family = str(values.get("model_type", "")).removeprefix(code.MODEL_TYPE)
     if values.get("model_type") != code.MODEL_TYPE + family or family not in code.FAMILIES:
         return
-    _refuse_other_code(name)
+    _refuse_other_code(name, revision)
     config, model = _classes(family)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
-def _refuse_other_code(name: str) -> None:
+def _refuse_other_code(name: str, revision: str) -> None:
     found = cached_file(
         name,
         CODE_FILE.name,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from loraprune.config import lora_config
 from loraprune.errors import UserError
-from loraprune.forms import check_layers, read_model, use_own_code
+from loraprune.forms import NEWEST, check_layers, read_model, use_own_code
 from loraprune.groups import (
     check_shapes,
     family_of,
@@ -58,9 +58,12 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def checked_config(name: str, settings: Settings) -> PretrainedConfig:
-    """Return a checkpoint's config after comparing it with the weights' headers; nothing is loaded in full."""
-    config = _config(name, settings)
+def checked_config(name: str, settings: Settings, revision: str = NEWEST) -> PretrainedConfig:
+    """Return a checkpoint's config after comparing it with the weights' headers; nothing is loaded in full.
+
+    `revision`: a branch, tag or commit of a hub name; a folder has none.
+    """
+    config = _config(name, settings, revision)
     family_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
@@ -68,14 +71,14 @@ def checked_config(name: str, settings: Settings) -> PretrainedConfig:
             "a group is cut out of plain weights; cut ones of this format would not be the model's any more.",
             "give the model it was quantised from, in bfloat16 or float32.",
         )
-    (check_layers if is_per_layer(config) else check_shapes)(config, weight_shapes(name))
+    (check_layers if is_per_layer(config) else check_shapes)(config, weight_shapes(name, revision))
     return config
 
 
-def _config(name: str, settings: Settings) -> PretrainedConfig:
-    use_own_code(name)
+def _config(name: str, settings: Settings, revision: str) -> PretrainedConfig:
+    use_own_code(name, revision)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise UserError(
             f"the architecture of {name} is not known: {_first_line(error)}",
@@ -94,10 +97,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
+def weight_shapes(name: str, revision: str = NEWEST) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of a checkpoint from its headers alone."""
     if not Path(name).is_dir():
-        return _hub_shapes(name)
+        return _hub_shapes(name, revision)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(Path(name)):
         with safe_open(file, framework="pt") as weights:
@@ -105,9 +108,9 @@ def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _hub_shapes(name: str) -> dict[str, tuple[int, ...]]:
+def _hub_shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
     try:
-        files = get_safetensors_metadata(name).files_metadata.values()
+        files = get_safetensors_metadata(name, revision=revision).files_metadata.values()
     except (HfHubHTTPError, NotASafetensorsRepoError) as error:
         raise _no_safetensors(name) from error
     return {key: tuple(one.shape) for file in files for key, one in file.tensors.items()}
@@ -233,15 +236,16 @@ def _own_memory() -> dict[str, Any]:
     return {"max_memory": {torch.cuda.current_device(): int(0.9 * free), "cpu": share}}
 
 
-def load_pruned(path: str | Path, **options: Any) -> Any:
+def load_pruned(path: str | Path, revision: str = NEWEST, **options: Any) -> Any:
     """Return a written checkpoint in eval mode, whatever its form; code that lies in its folder is not run.
 
-    `path`: a folder or a hub name; `options` go to transformers' from_pretrained, such as dtype or device_map. Raises
-    UserError where the folder is no checkpoint, or where weights or modelling file are not what the config says.
+    `path`: a folder or a hub name, with `revision` its branch, tag or commit; `options` go to transformers'
+    from_pretrained, such as dtype or device_map. Raises UserError where that is no checkpoint, or where weights or
+    modelling file are not what the config says.
     """
-    checked_config(str(path), Settings())
+    checked_config(str(path), Settings(), revision)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, **{"use_safetensors": True, **options, "trust_remote_code": False}
+        path, revision=revision, **{"use_safetensors": True, **options, "trust_remote_code": False}
     )
     return model.eval()
 
