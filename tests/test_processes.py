@@ -23,7 +23,7 @@ from loraprune.pipeline import run
 from loraprune.processes import dealt, rows_each
 from loraprune.settings import Settings
 from loraprune.settings_file import settings_from
-from loraprune.trainer import _training_arguments
+from loraprune.training_arguments import training_arguments
 
 SCRIPT = Path(__file__).with_name("in_processes.py")
 WAYS = {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
@@ -209,7 +209,7 @@ def test_trainer_stays_on_the_gpu_of_its_process(launched_in_two, monkeypatch, t
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: True)
     with hidden_launch():
-        arguments = _training_arguments(Settings(), tmp_path, 5)
+        arguments = training_arguments(Settings(), tmp_path, 5)
     assert (arguments.device, arguments.n_gpu, chosen) == (torch.device("cuda", 1), 1, [])
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -8,21 +8,18 @@ Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain s
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from tempfile import gettempdir
 from time import monotonic
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from loraprune.balance import Balance, TrainingSets, joined
 from loraprune.batches import PairedBatches, score_sample
@@ -53,6 +50,7 @@ from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, take_look
 from loraprune.step_scores import StepScores
+from loraprune.training_arguments import training_arguments
 
 Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line of events.jsonl
 
@@ -92,7 +90,7 @@ class LoRAPruneTrainer(Trainer):
         self.step_scores = StepScores(model, live, settings)
         restore_state(model, self.saved.now.state)
         self.adapted = model
-        arguments = _training_arguments(settings, folder / "logs", main + settings.finish_steps)
+        arguments = training_arguments(settings, folder / "logs", main + settings.finish_steps)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Between(self))
@@ -516,36 +514,3 @@ class _Between(TrainerCallback):
         if logs and "loss" in logs:
             kept = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
             self.trainer.event("train", step=self.trainer.run_state.step, **kept)
-
-
-class _OwnDevice(TrainingArguments):
-    """The arguments of one of several processes: Trainer, which takes it for the only one, stays on its device."""
-
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        on_cpu = self.use_cpu or not torch.cuda.is_available()
-        self.distributed_state = PartialState(cpu=on_cpu)
-        self._n_gpu = 0 if on_cpu else 1
-        return torch.device("cpu") if on_cpu else torch.device("cuda", here().local_rank)
-
-
-def _training_arguments(settings: Settings, output: Path, steps: int) -> TrainingArguments:
-    kind = TrainingArguments if here().count == 1 else _OwnDevice
-    arguments = kind(
-        output_dir=str(output) if here().first else gettempdir(),  # Trainer makes the folder
-        max_steps=steps,
-        learning_rate=settings.learning_rate,
-        weight_decay=0.0,
-        max_grad_norm=settings.max_gradient_norm,
-        logging_steps=settings.prune_every,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=list(settings.report_to) if settings.report_to and here().first else "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=settings.device == "cpu",
-        seed=settings.seed,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would spread one process over all GPUs by DataParallel
-    return arguments
