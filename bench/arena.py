@@ -34,15 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="the first one chooses the points")
-    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", default=None, choices=list(CONTESTANTS))
+    parser.add_argument("--defaults", action="store_true", help="no grids: each contestant at its default point")
     parser.add_argument(
-        "--quick", action="store_true", help="first seed, few contestants, each at its default; the page stays"
+        "--quick",
+        action="store_true",
+        help="as --defaults, on the first world and seed, few contestants unless some are named; the page stays",
     )
     options = parser.parse_args()
-    names = QUICK if options.quick else options.contestants
+    names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
+    worlds = options.worlds[:1] if options.quick else options.worlds
     seeds = options.seeds[:1] if options.quick else options.seeds
     with quiet_libraries():
-        values: Values = {world: one_world(world, names, seeds, options.quick) for world in options.worlds}
+        values: Values = {world: one_world(world, names, seeds, options.quick or options.defaults) for world in worlds}
     text = section(values)
     print(text)
     folder = CACHE / "quick" if options.quick else ROOT / "docs"
@@ -56,7 +60,7 @@ def main() -> None:
         write_results("arena", values, text)
 
 
-def one_world(name: str, names: Sequence[str], seeds: Sequence[int], quick: bool) -> Values:
+def one_world(name: str, names: Sequence[str], seeds: Sequence[int], defaults: bool) -> Values:
     """Return all cells of one world, and what each contestant's best point is."""
     made = {seed: WORLDS[name](seed) for seed in seeds}
     ends = {seed: {role: given(world, role) for role in ("original", "reference")} for seed, world in made.items()}
@@ -69,7 +73,11 @@ def one_world(name: str, names: Sequence[str], seeds: Sequence[int], quick: bool
     contestants: Values = {}
     for key in names:
         one = CONTESTANTS[key]
-        tried = [found for point in grid(one, quick) for found in cells(one, key, point, seeds[:1])]
+        tried = [
+            found
+            for point in ([one.default()] if defaults else one.points)
+            for found in cells(one, key, point, seeds[:1])
+        ]
         best = max(tried, key=lambda cell: cell["composite_relearning"])
         contestants[key] = {
             "role": one.role,
@@ -79,10 +87,6 @@ def one_world(name: str, names: Sequence[str], seeds: Sequence[int], quick: bool
         }
     world = made[seeds[0]]
     return {"sparsity": world.sparsity, "seeds": list(seeds), "ends": ends, "contestants": contestants}
-
-
-def grid(one: Contestant, quick: bool) -> Sequence[Values]:
-    return [one.default()] if quick else one.points
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from arena_rivals import damping, full_npo, rmu, rounds_steps, steps_of
+from arena_rivals import damping, full_npo, rmu, rounds_steps
 from arena_worlds import Values, World
 from rich.console import Console
 
@@ -78,7 +78,7 @@ def _every(settings: Settings) -> int:
 
 
 def _by_activation(world: World, point: Values, folder: Path) -> None:
-    """Cut at once what is active on forget rows rather than on retain rows, then repair with all passes that are left.
+    """Cut at once what is active on forget rows rather than on retain rows, then repair on retain rows alone.
 
     The product's mean |input| x column norm of both sets: in their ratio the norm cancels. Nothing steers: the cut is
     of one size, wherever P(forget) ends.
@@ -86,8 +86,7 @@ def _by_activation(world: World, point: Values, folder: Path) -> None:
     unsteered: Values = {"reference": None, "holdout": None, "forget_target": 0.5, "band": 1.0}
     unsteered |= {"min_retain_performance": 0.0, "recovery_steps": 0, "forget_loss": "none"}
     once: Values = {"metric": "activation", "warmup_steps": 0, "prune_every": 1, "prune_rounds": 1, **ALL_MAY_GO}
-    repair = {"finish_steps": steps_of(world.settings)[1] - 1}
-    _run(replace(world.settings, **{**unsteered, **once, **repair, **point}), folder)
+    _run(replace(world.settings, **{**unsteered, **once, **point}), folder)
 
 
 def _run(settings: Settings, folder: Path) -> None:
@@ -108,10 +107,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "SimNPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="simnpo"), RATIOS),
     "NPO, all weights": Contestant("rival", full_npo, RATIOS),
     "RMU": Contestant("rival", rmu, tuple({"steering": 3.0, "alpha": one} for one in (3.0, 10.0, 30.0))),
-    "activation ratio": Contestant(
-        "rival", _by_activation, tuple({"learning_rate": one} for one in (3e-4, 1e-3, 3e-3))
-    ),
-    "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (3.0, 10.0, 30.0))),
+    "activation ratio": Contestant("rival", _by_activation, tuple({"finish_steps": one} for one in (25, 100, 350))),
+    "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (0.3, 1.0, 3.0))),
     "random mask": _control("random", "random"),
     "retain-only mask": _control(Settings().metric, None),
     "magnitude mask": _control("magnitude", None),

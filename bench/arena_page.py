@@ -95,20 +95,27 @@ def _ahead(world: Values, key: str, name: str) -> str:
 
 def _words(values: Values) -> str:
     """Return what the columns mean and how the contestants came to their points."""
-    return (
-        "P, ES (extraction strength), min-k AUC and relearning area are given as differences from the reference's. "
-        "Retention: P after / P before on withheld rows; taught, bystanders: the same there. Relearning: all "
-        "weights are trained on one half of the forget set, the other half is asked for; its area is the mean "
-        "height of that curve. Gaps: P(forget) in NF4 or int8 minus P in float32. Memorisation: harmonic mean of "
-        "the closeness of P, ES and truth ratio to the reference's, where closeness is 1 - |difference| / "
-        "max(reference, 1 - reference); privacy: the same of four membership AUCs (loss, zlib, min-k, min-k++); "
-        "utility: harmonic mean of what is kept of each set, at most 1. Composite: harmonic mean of the three; with "
-        "relearning: of these and 1 - excess area / (1 - reference's area). Points: the best composite with "
-        "relearning on the first seed, kept on the others; ours and the controls have one point, the defaults. "
-        "Cells: mean ± standard deviation over seeds; ours ahead: paired differences by seed, 95% interval of "
-        "Student's t. Every contestant sees the same rows; those that score nothing take more training steps in "
-        "place of the scoring passes. Seconds are of a machine that other work shared. Made by `python "
-        "bench/arena.py`."
+    searched = any(len(one["tried"]) > 1 for world in values.values() for one in world["contestants"].values())
+    points = (
+        "Points: of each rival's three the one with the best composite with relearning on the first seed, kept on the "
+        "others; ours and the controls have one, the defaults. "
+        if searched
+        else "Points: each contestant's default; the rivals' grids were not searched. "
+    )
+    return points + (
+        "P, ES (extraction strength), min-k AUC and relearning area are given as differences from the "
+        "reference's. Retention: P after / P before on withheld rows; taught, bystanders: the same there. "
+        "Relearning: all weights are trained on one half of the forget set, the other half is asked for; its area "
+        "is the mean height of that curve. Gaps: P(forget) in NF4 or int8 minus P in float32. Memorisation: "
+        "harmonic mean of the closeness of P, ES and truth ratio to the reference's, where closeness is 1 - "
+        "|difference| / max(reference, 1 - reference); privacy: the same of four membership AUCs (loss, zlib, "
+        "min-k, min-k++); utility: harmonic mean of what is kept of each set, at most 1. Composite: harmonic mean "
+        "of the three; with relearning: of these and 1 - excess area / (1 - reference's area). Cells: mean ± "
+        "standard deviation over seeds; ours ahead: paired differences by seed, 95% interval of Student's t. "
+        "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
+        "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
+        "once come the steps of repair alone. Seconds are of a machine that other work shared. Made by "
+        "`python bench/arena.py`."
     )
 
 
