@@ -20,6 +20,7 @@ from arena_contestants import CONTESTANTS, QUICK, Contestant
 from arena_marks import judge, marks_key, measure_marks
 from arena_page import draw, draw_relearning, section
 from arena_worlds import CACHE, WORLDS, Values, World
+from filelock import FileLock
 from results_page import ROOT, write_results
 
 from loraprune.folder import write_json
@@ -45,7 +46,8 @@ def main() -> None:
     names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
     worlds = options.worlds[:1] if options.quick else options.worlds
     seeds = options.seeds[:1] if options.quick else options.seeds
-    with quiet_libraries():
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two processes would make the same cell
         values: Values = {world: one_world(world, names, seeds, options.quick or options.defaults) for world in worlds}
     text = section(values)
     print(text)
