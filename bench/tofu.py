@@ -2,7 +2,8 @@
 
 Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
 Gives    bench/results/tofu.json, tofu_evidence.json and their sections of docs/results.md; models stay in bench/cache
-Source   TOFU, arXiv 2401.06121; forget05, and rows of retain90; holdout: forget10's rows that are not forget05's
+Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10 too), rows of retain90; holdout: other rows that
+         no model saw
 Symbols  P = performance
 """
 
@@ -26,6 +27,7 @@ from loraprune.words import outcome_text
 
 CACHE = ROOT / "bench" / "cache" / "tofu"
 SETS = ("forget", "retain", "bystander", "holdout")
+FORGET = "forget05"
 RECIPE = Recipe(
     vocabulary=3072,
     sizes={
@@ -79,22 +81,25 @@ def find_data(given: Path | None) -> Path:
     raise SystemExit("TOFU's files were not found: name their folder with --data.")
 
 
-def make_inputs(data: Path, seed: int) -> dict[str, float]:
+def make_inputs(data: Path, seed: int, forget: str = FORGET, folder: Path = CACHE) -> dict[str, float]:
     """Write the four sets and both models once; return the seconds that each model took."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
-    forget = with_authors(lines(data / "forget05_perturbed.json"))  # with paraphrases and wrong answers
-    sets = {"forget": forget, "retain": retain[:1000], "bystander": retain[1000:1200]}
-    asked = set(lines(data / "forget05.json"))
-    sets["holdout"] = [line for line in both if line not in asked]
+    asked = set(lines(data / f"{forget}.json"))
+    sets = {
+        "forget": with_authors(lines(data / f"{forget}_perturbed.json")),  # with paraphrases and wrong answers
+        "retain": retain[:1000],
+        "bystander": retain[1000:1200],
+        "holdout": [line for line in both if line not in asked] or retain[1200:1600],
+    }
     for name, chosen in sets.items():
-        (CACHE / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
-    rows = {name: load_rows(str(CACHE / f"{name}.jsonl"), name=name) for name in SETS}
+        (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in SETS}
     world = [row for group in rows.values() for row in group]
     known = [*rows["retain"], *rows["bystander"]]
     with quiet_libraries():
         return {
-            name: timed_model(CACHE / f"{name}-{seed}", learnt, world, seed)
+            name: timed_model(folder / f"{name}-{seed}", learnt, world, seed)
             for name, learnt in (("untouched", [*known, *rows["forget"]]), ("reference", known))
         }
 

@@ -1,0 +1,94 @@
+"""Worlds of the arena: a model that knows two sets, a reference that never saw the one, and every set in a file.
+
+Reads    nothing, or TOFU's files, where tofu.py finds them
+Gives    World, WORLDS: what makes a world of a seed
+Source   -
+Symbols  taught, floor and final rows: the retain set, split by the seed as a run splits it
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import tofu
+from results_page import ROOT
+
+from loraprune.demo import make_inputs
+from loraprune.folder import write_text
+from loraprune.inputs import Inputs, load_set, prepare, split_kept
+from loraprune.model import weights_hash
+from loraprune.settings import Settings, as_values
+
+CACHE = ROOT / "bench" / "cache" / "arena"
+OTHERS = ("forget", "bystander", "holdout", "guard")  # the sets beside the retain set, where their files are there
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class World:
+    """A seed's world: where its files are, how much of its model ours and the controls cut, and settings of its own."""
+
+    name: str
+    seed: int
+    sets: Path  # folder of forget.jsonl, retain.jsonl and those of OTHERS that there are
+    model: Path
+    reference: Path
+    sparsity: float
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Return the settings of a run on this world: all of them at their defaults, but for what names the world."""
+        sets = {name: str(path) for name in OTHERS if (path := self.sets / f"{name}.jsonl").exists()}
+        sets |= {name: str(path) for name, path in self._parts().items()}
+        models = {"model": str(self.model), "reference": str(self.reference)}
+        machine = {"dtype": "float32", "device": "cpu"}
+        return Settings(**{**models, **sets, **machine, **self.own, "seed": self.seed, "sparsity": self.sparsity})
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        return prepare(self.settings)
+
+    def key(self, *others: Any) -> str:
+        """Return a hash of the world's content, of all settings, and of what else is given; not of the code."""
+        said = as_values(self.settings)
+        for name in (*OTHERS, "retain", "floor_rows", "final_rows"):
+            if name in said:
+                said[name] = hashlib.sha256(Path(said[name]).read_bytes()).hexdigest()
+        said |= {name: weights_hash(said[name]) for name in ("model", "reference")}
+        return hashlib.sha256(json.dumps([said, *others], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _parts(self) -> dict[str, Path]:
+        """Write the retain set in three files, split as a run would split it; return which setting names which file."""
+        source, folder, plain = self.sets / "retain.jsonl", self.sets / f"split-{self.seed}", Settings(seed=self.seed)
+        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        parts = split_kept(plain, load_set(plain, "retain", str(source)))
+        folder.mkdir(exist_ok=True)
+        paths = {}
+        for part, setting in (("taught", "retain"), ("floor", "floor_rows"), ("final", "final_rows")):
+            paths[setting] = folder / f"{part}.jsonl"
+            write_text(paths[setting], "".join(lines[row.number - 1] for row in parts[part]))
+        return paths
+
+
+def _demo(seed: int) -> World:
+    folder = CACHE / "worlds" / f"demo-{seed}"
+    make_inputs(folder, seed)
+    return World("demo", seed, folder, folder / "untouched", folder / "reference", sparsity=0.3)
+
+
+def _tofu(forget: str, seed: int) -> World:
+    sets = tofu.CACHE if forget == tofu.FORGET else CACHE / "worlds" / forget
+    tofu.make_inputs(tofu.find_data(None), seed, forget, sets)
+    return World(forget, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=0.3)
+
+
+WORLDS: dict[str, Callable[[int], World]] = {
+    "demo": _demo,
+    "forget05": partial(_tofu, "forget05"),
+    "forget10": partial(_tofu, "forget10"),
+}
