@@ -53,6 +53,8 @@ METHODS: dict[str, Values] = {
     "magnitude": {"metric": "magnitude"},
     "random": {"metric": "random"},
     RELEASED: {"preset": "released"},
+    "gate, rescaled": {"metric": "gate", "rescale_survivors": True},
+    "gate, q_heads": {"metric": "gate", "attention_unit": "q_head"},
 }
 WITHHELD, LOOKED_AT = 40, 4  # stories; the few rows of the floor, which holds nothing here
 COMMON: Values = {  # of every method, presets included: the same data, steps, batches and adapters
