@@ -232,6 +232,14 @@ def make_rows():
     return {"forget": forget, "retain": retain}
 
 
+def save_inputs(folder, config, tokenizer):
+    """Write what a tiny run reads, a checkpoint and both sets, and return the folder."""
+    save_checkpoint(make_model(config), tokenizer, folder / "checkpoint")
+    for name, rows in make_rows().items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    return folder
+
+
 def run_values(folder: Path, output: str, **changes):
     """The settings of a run of a few seconds that prunes, breaks the floor at times, repairs and recovers."""
     return {
@@ -343,7 +351,4 @@ def tokenizer():
 def run_folder(tmp_path_factory, tokenizer):
     """A folder with what a tiny run reads: a checkpoint and both sets."""
     folder = tmp_path_factory.mktemp("inputs")
-    save_checkpoint(make_model(FAMILY_CONFIGS["llama_gqa"]()), tokenizer, folder / "checkpoint")
-    for name, rows in make_rows().items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    return folder
+    return save_inputs(folder, FAMILY_CONFIGS["llama_gqa"](), tokenizer)

@@ -14,6 +14,7 @@ from conftest import (
     make_rows,
     run_values,
     save_checkpoint,
+    save_inputs,
     unit_of,
     write_rows,
 )
@@ -73,10 +74,7 @@ def test_a_run_cuts_attention_and_feed_forward_and_leaves_what_the_familys_own_c
 def with_few_kv_groups(tmp_path_factory, tokenizer):
     """What an unlearning run on a model of two kv_groups reads."""
     folder = tmp_path_factory.mktemp("heads")
-    save_checkpoint(make_model(HEAD_CONFIGS["llama_heads"]()), tokenizer, folder / "checkpoint")
-    for name, rows in make_rows().items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    return folder
+    return save_inputs(folder, HEAD_CONFIGS["llama_heads"](), tokenizer)
 
 
 def unlearning(folder, output, **changes):

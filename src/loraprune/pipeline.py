@@ -373,8 +373,11 @@ def _train_and_cut(
         first_does(lambda: _write_trained(folder, inputs, trainer))
         return
     with quietly():
-        trained = _train_quantised if settings.base_bits < PLAIN_BITS else _train_sharded
-        ends, groups, state = trained(folder, settings, inputs, steering, before, original)
+        if settings.base_bits < PLAIN_BITS:
+            trained = _train_quantised(folder, settings, inputs, steering, before, original)
+        else:
+            trained = _ends_of(_train(folder, settings, inputs, steering, load_base(settings.model, settings)))
+    ends, groups, state = trained
     gc.collect()  # the base that was trained on goes before the original comes
     written = write_best(ends, groups, inputs.tokenizer, settings, steering, folder.path)
     if written.end is not ends[0]:
@@ -397,9 +400,10 @@ def _write_trained(folder: RunFolder, inputs: Inputs, trainer: LoRAPruneTrainer)
 
 def _name_best(folder: RunFolder, settings: Settings, groups: ModelGroups, state: RunState, best: Written) -> None:
     write_decision(folder.path, state, groups, best.end.mask, Rules.of(settings))
-    best.path.replace(folder.path / "model")
     for other in folder.path.glob(f"{END}-*"):
-        shutil.rmtree(other)
+        if other != best.path:
+            shutil.rmtree(other)
+    best.path.replace(folder.path / "model")  # last: a run that has a model is not cut again, and would keep the others
 
 
 def _train_quantised(
@@ -414,13 +418,6 @@ def _train_quantised(
     limits = find_limits(settings, {**before, **rounded}, steering.target, own.ceilings)
     own = replace(own, target=steering.target, limits=limits)
     return _ends_of(_train(folder, settings, inputs, own, base))
-
-
-def _train_sharded(
-    folder: RunFolder, settings: Settings, inputs: Inputs, steering: Steering, before: Values, original: Values
-) -> tuple[list[ModelState], ModelGroups, RunState]:
-    """Train on a base that is sharded over the processes, and return what may be written."""
-    return _ends_of(_train(folder, settings, inputs, steering, load_base(settings.model, settings)))
 
 
 def _ends_of(trainer: LoRAPruneTrainer) -> tuple[list[ModelState], ModelGroups, RunState]:

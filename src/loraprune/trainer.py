@@ -290,8 +290,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _rescaled(self, mask: Mask) -> Mask:
         """Return the mask with factors measured on the retain rows that are scored."""
-        sample = score_sample(self.sets.taught, self.settings.score_rows, self.settings.seed)
-        return rescaled(self.adapted, self.live, mask, self._batches(sample))
+        return rescaled(self.adapted, self.live, mask, self._sample_of(self.sets.taught))
 
     def _follow(self, decision: Decision) -> None:
         """Take over what a pruning step decided; one that had to be undone makes the run gentler."""
@@ -322,15 +321,8 @@ class LoRAPruneTrainer(Trainer):
 
     def _score(self, dataset_type: DatasetType, examples: Sequence[Example]) -> list[str]:
         """Score one set and average the score in; return where it was not finite: then nothing is pruned now."""
-        settings = self.settings
-        sample = score_sample(examples, settings.score_rows, settings.seed)
-        new = score_model(
-            self.adapted,
-            self.live,
-            self._batches(sample),
-            dataset_type,
-            **as_asked(settings),
-        )
+        how = as_asked(self.settings)
+        new = score_model(self.adapted, self.live, self._sample_of(examples), dataset_type, **how)
         return self._average(new, dataset_type)
 
     def _average(self, new: Sensitivity, dataset_type: DatasetType) -> list[str]:
@@ -347,7 +339,9 @@ class LoRAPruneTrainer(Trainer):
         )
         return [f"{kind} of layer {layer}, {dataset_type}" for kind, layer in nonfinite_layers(agreed)]
 
-    def _batches(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+    def _sample_of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Return the batches of the rows of a set that are scored."""
+        examples = score_sample(examples, self.settings.score_rows, self.settings.seed)
         device = self.args.device
         return [
             {name: one.to(device) for name, one in collate([examples[i] for i in part], self.sets.pad_token_id).items()}
