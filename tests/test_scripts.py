@@ -373,22 +373,24 @@ def test_grouped_batches_pad_less():
 
 
 @pytest.mark.parametrize("forget_loss", ["npo", "ga", "simnpo"])
+@pytest.mark.parametrize("radius", [0.0, 3.0])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_step_has_the_same_gradient_in_micro_batches_of_any_size(run_folder, tmp_path, forget_loss, size):
-    gradients = [step_gradient(run_folder, tmp_path, forget_loss, one) for one in (None, size)]
+def test_a_step_has_the_same_gradient_in_micro_batches_of_any_size(run_folder, tmp_path, forget_loss, radius, size):
+    gradients = [step_gradient(run_folder, tmp_path, forget_loss, one, radius) for one in (None, size)]
     for whole, parts in zip(*gradients, strict=True):
         assert torch.allclose(whole, parts, atol=1e-6, rtol=1e-4)
     assert any(bool(one.any()) for one in gradients[0])
 
 
-def step_gradient(run_folder, scratch, forget_loss, micro_batch_size):
+def step_gradient(run_folder, scratch, forget_loss, micro_batch_size, radius):
     """The gradient of the first step's whole batch: of a retain and of a forget set, half way to the target."""
     from loraprune.groups import find_groups
     from loraprune.mask import LiveMask
     from loraprune.trial import trial_trainer
 
     values = run_values(run_folder, "unused", forget_batch_size=4, retain_batch_size=5, lora_dropout=0.0)
-    settings = Settings(**{**values, "forget_loss": forget_loss, "micro_batch_size": micro_batch_size})
+    changes = {"forget_loss": forget_loss, "micro_batch_size": micro_batch_size, "relearning_radius": radius}
+    settings = Settings(**{**values, **changes})
     base = make_model(FAMILY_CONFIGS["llama_gqa"]())
     groups = find_groups(base, base.config)
     model = adapted(base, lora_rank=2)
@@ -396,11 +398,8 @@ def step_gradient(run_folder, scratch, forget_loss, micro_batch_size):
     batch = next(iter(trainer.get_train_dataloader()))
     target = Target(0.0, 0.0, 0.0, "forget_target")
     trainer.balance.steering = replace(trainer.steering, target=target, forget_before=0.01)  # a weight between 0 and 1
-    model.train()
-    if micro_batch_size is None:
-        trainer.compute_loss(model, batch).backward()
-    else:
-        trainer.training_step(model, batch)
+    trainer.current_gradient_accumulation_steps = 1  # else set where training begins
+    trainer.training_step(model, batch)
     return [one.grad.clone() for one in model.parameters() if one.grad is not None]
 
 

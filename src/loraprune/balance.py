@@ -2,7 +2,7 @@
 
 Reads    a batch of each set, the model, where P(forget) stands between its beginning and its target
 Gives    TrainingSets, Balance
-Source   -
+Source   that the forget loss is taken where relearning would lead: arXiv 2502.05374; see relearning.py
 Symbols  P = performance; rest = where P of an earlier request's set is held, high = its ceiling
 """
 
@@ -29,6 +29,7 @@ from loraprune.objectives import (
 )
 from loraprune.processes import collected, dealt, rows_each
 from loraprune.records import DatasetType
+from loraprune.relearning import gradients_of, moved
 from loraprune.settings import Settings
 from loraprune.steering import Steering
 
@@ -59,8 +60,11 @@ class TrainingSets:
 class Balance:
     """The loss of a step: retain + ratio x forget, the forget part fading as P nears its target.
 
-    Nothing is pushed below its target. Sets of earlier requests are pushed down as soon as they rise above where they
-    rest, also while the forget set itself is left alone.
+    What is below its target is pulled up to it: that less was known shows an observer what was removed. With
+    `relearning_radius` the forget loss is taken not where the adapters are but where relearning would bring them, so
+    that what is forgotten there as well is not soon at hand again; how hard it pushes is decided by P of the adapters
+    as they are. Sets of earlier requests are pushed down as soon as they rise above where they rest, also while the
+    forget set itself is left alone.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Balance:
     ) -> None:
         self.settings, self.sets, self.steering = settings, sets, steering
         self.untouched = self.untouched_log_probability(model, live)
+        self.radius = settings.relearning_radius * settings.learning_rate
 
     def untouched_log_probability(self, model: PeftModel, live: LiveMask) -> dict[str, Tensor]:
         """Return log p of every answer that is pushed down under the model to start from: adapters off, mask off."""
@@ -111,23 +116,53 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
-                yield from self._pushed_parts(model, inputs[name], self.untouched[name], weight, size)
+                parts = self._withstood_parts if name == "forget" and self.radius else self._pushed_parts
+                yield from parts(model, inputs[name], self.untouched[name], weight, size)
 
     @staticmethod
     def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weight: float) -> Tensor:
         share = weight * answer_tokens(part).sum() / answer_tokens(whole).sum()
         return share * retain_loss(logits_of(model, part), part["labels"])
 
+    def looks_ahead(self, forgetting: bool) -> bool:
+        """Say whether a step takes its forget loss from moved adapters: then it goes by parts, whatever their size."""
+        return bool(self.radius) and "forget" in self._weights(forgetting, 1.0)
+
     def _pushed_parts(
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
     ) -> Iterator["Part"]:
         parts = split_batch(batch, size)
-        own = dealt(parts)
         with torch.no_grad():
-            read = [self._rows_of(model, part)[1].cpu() for part, _ in own]
+            read = [self._rows_of(model, part)[1].cpu() for part, _ in dealt(parts)]
         performance = torch.cat(collected(read, len(parts)))
-        factor = self.settings.forget_retain_ratio * weight(batch["rows"], performance)
-        for part, counts in own if factor else ():
+        yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
+
+    def _withstood_parts(
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
+    ) -> Iterator["Part"]:
+        """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
+        parts, performances = split_batch(batch, size), []
+
+        def likely(part: Mapping[str, Tensor], counts: float) -> Tensor:
+            rows, performance, tokens = self._rows_of(model, part)
+            performances.append(performance.cpu())
+            return counts * (rows / tokens).sum()
+
+        gradients = gradients_of(model, [partial(likely, *one) for one in dealt(parts)])
+        performance = torch.cat(collected(performances, len(parts)))
+        with moved(model, gradients, self.radius):
+            yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
+
+    def _weighted_parts(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        parts: Sequence[Mapping[str, Tensor]],
+        untouched: Tensor,
+        weight: float,
+    ) -> Iterator["Part"]:
+        factor = self.settings.forget_retain_ratio * weight
+        for part, counts in dealt(parts) if factor else ():
             of_batch = part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
             share = counts * factor * of_batch
             yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
@@ -147,7 +182,7 @@ class Balance:
         return weights
 
     def _way_left(self, performance: Tensor) -> float:
-        """Return the weight of a forget batch: 1 at P before, 0 at the target and below."""
+        """Return the weight of a forget batch: 1 at P before, 0 at the target, below 0 beneath it."""
         target, before = self.steering.target, self.steering.forget_before
         return 1.0 if target is None or before is None else target.way_left(float(performance.mean()), before)
 

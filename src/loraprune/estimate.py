@@ -28,6 +28,7 @@ from loraprune.trainer import LoRAPruneTrainer
 TRIAL_BYTES = 2**30  # what a pass may take that is run to measure time and what the allocator adds
 MOMENTS = 2  # of AdamW, each of the adapters' size
 POINT = 1 + MOMENTS  # what a point to roll back to holds, in sizes of the adapters
+AHEAD = 2  # of the adapters' size too: where they are while the forget loss looks ahead, and what moved them
 
 Sets = Mapping[str, Sequence[Example]]
 
@@ -170,11 +171,11 @@ class Passes:
     def training(self, *, scored: bool = False) -> Pass:
         """Return the training step's pass: the trainer's own loss, the graphs of all its sets alive together, and back.
 
-        With micro-batches a pass is of one set and so many rows. A scored one leaves what the metric reads of a step,
-        which is then read.
+        Where a step goes by parts a pass is of one set and so many rows. A scored one leaves what the metric reads of a
+        step, which is then read.
         """
         step = {name: self._heaviest_step[name] for name in self.taken_back}
-        most = self._micro_batch_size
+        most = self._rows_of_pass
         if most is not None:
             name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
             step = {name: step[name]}
@@ -218,20 +219,22 @@ class Passes:
     def of_step(self, tokens: Mapping[str, int], names: Sequence[str]) -> list[float]:
         """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
 
-        With micro-batches what is pushed down is first read without gradients, a third of a pass with them.
+        Where a step goes by parts what is pushed down is first read without gradients, a third of a pass with them, or,
+        for a forget loss that looks ahead, with them.
         """
-        most = self._micro_batch_size
+        most = self._rows_of_pass
         if most is None:
             return [sum(tokens[name] for name in names)]
         passes: list[float] = []
         for name in names:
             parts = ceil(self.batch_rows[name] / most)
-            passes += [tokens[name] / parts * (1.0 if name == "retain" else 4 / 3)] * parts
+            part, ahead = tokens[name] / parts, name == "forget" and self.looks_ahead
+            passes += [part * (1.0 if name == "retain" or ahead else 4 / 3)] * parts * (2 if ahead else 1)
         return passes
 
     @property
     def taken_back(self) -> list[str]:
-        """Return the sets whose loss a step takes back while it prunes."""
+        """Return the sets whose loss a step takes back while it forgets."""
         return list(self._heaviest_step) if self.settings.forget_loss != "none" else ["retain"]
 
     @property
@@ -240,10 +243,17 @@ class Passes:
         return {name: len(batch["input_ids"]) for name, batch in self._heaviest_step.items()}
 
     @property
-    def _micro_batch_size(self) -> int | None:
+    def looks_ahead(self) -> bool:
+        """Say whether the forget loss is taken from moved adapters."""
+        return "forget" in self._heaviest_step and self.trainer.balance.looks_ahead(forgetting=True)
+
+    @property
+    def _rows_of_pass(self) -> int | None:
         """Return the most rows of a pass of one set; None where the whole step is one pass, as the trainer decides."""
-        most = self.settings.micro_batch_size
-        return None if most is None or most >= max(self.batch_rows.values()) else most
+        most, largest = self.settings.micro_batch_size, max(self.batch_rows.values())
+        if most is None or most >= largest:
+            return largest if self.looks_ahead else None
+        return most
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self.trainer.args.device) for name, one in batch.items()}

@@ -309,6 +309,13 @@ class Settings:
         1.0, "training", "Weight of the forget loss; the retain loss has weight 1.", allowed=NOT_NEGATIVE
     )
     forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
+    relearning_radius: float = setting(
+        3.0,
+        "training",
+        "How far the forget loss looks ahead: every weight of the adapters is moved by so many learning rates towards "
+        "relearning the batch, and what is still known there is pushed down; 0 looks at the adapters as they are.",
+        allowed=NOT_NEGATIVE,
+    )
     learning_rate: float = setting(
         1e-3,
         "training",

@@ -35,10 +35,13 @@ class Target:
     source: str
 
     def way_left(self, performance: float, before: float) -> float:
-        """Return how much of the way from `before` down to the target is left, in [0, 1]; 0 at the target and below."""
-        if performance <= self.performance:
-            return 0.0
-        return min(1.0, (performance - self.performance) / (before - self.performance)) if before > performance else 1.0
+        """Return which part of the way from `before` down to the target is left, in [-1, 1].
+
+        0 at the target, below 0 beneath it; where the way would lead up, 1 above the target and 0 beneath.
+        """
+        if before <= self.performance:
+            return float(performance > self.performance)
+        return max(-1.0, min(1.0, (performance - self.performance) / (before - self.performance)))
 
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high

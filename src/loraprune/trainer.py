@@ -172,7 +172,7 @@ class LoRAPruneTrainer(Trainer):
         """
         size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
         fits = size is None or size >= max(len(one["input_ids"]) for one in inputs.values())
-        if fits and here().count == 1:
+        if fits and here().count == 1 and not self.balance.looks_ahead(self.run_state.forgetting):
             with self._watched(rows):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
@@ -307,7 +307,6 @@ class LoRAPruneTrainer(Trainer):
         if decision.look is None or decision.ended_by == "target":
             state.main_end = state.step
             self.advance(0, new_total=state.main_end + self.settings.finish_steps)
-        state.forgetting = state.step < state.main_end
         self.undone = 0
 
     @property
@@ -365,12 +364,10 @@ class LoRAPruneTrainer(Trainer):
         return len(batches)
 
     def _steer(self) -> None:
-        """Look at the model during recovery: the forget loss goes on when P(forget) left the band upwards."""
-        looked, target = self._look(), self.steering.target
-        acceptable = self.steering.acceptable(looked)
+        """Look at the model during recovery: the forget loss stays on, and is off while the model breaks a floor."""
+        looked = self._look()
         self.record("evaluate", looked, broken=self.steering.limits.broken(looked))
-        if target is not None and looked.forget is not None:
-            self.run_state.forgetting = acceptable and looked.forget > (target.performance + target.high) / 2
+        self.run_state.forgetting = self.steering.acceptable(looked)
         if self._better(looked):
             self._hold(looked)
 

@@ -19,6 +19,7 @@ from loraprune.batches import score_sample
 from loraprune.data import Example
 from loraprune.errors import UserError
 from loraprune.estimate import (
+    AHEAD,
     MOMENTS,
     POINT,
     Cost,
@@ -179,7 +180,7 @@ class Trial:
         Of several models one at a time is evaluated; training takes a step before anything is scored. Scores from
         training are read in its steps: there is no stage of them.
         """
-        optimizer = (MOMENTS + POINTS * POINT) * self.adapters
+        optimizer = (MOMENTS + POINTS * POINT + AHEAD * self.passes.looks_ahead) * self.adapters
         trained = {"weights": self.weights, "adapters": self.adapters, "optimizer": optimizer}
         alone = {"adapters": 0, "optimizer": 0, "activations": peaks["evaluate"]}
         largest, left = max([1.0, *self._other_sizes()]), round((1 - goal.sparsity(self.groups)) * self.plain)
@@ -236,12 +237,12 @@ class Trial:
         return sum(cost.seconds(passes_over(self.inputs.examples[name], size)) for name in names)
 
     def _training_seconds(self, costs: Mapping[str, Cost]) -> float:
-        """Return the seconds of all training steps; after the last pruning step they are of the retain set alone."""
+        """Return the seconds of all training steps, each with its forget loss."""
         plain: list[float] = []
         scored: list[float] = []
         for number, tokens in enumerate(self.passes.step_tokens):
-            names = self.passes.taken_back if number < self._main_steps else ["retain"]
-            (scored if number in self.scored_steps else plain).extend(self.passes.of_step(tokens, names))
+            passes = self.passes.of_step(tokens, self.passes.taken_back)
+            (scored if number in self.scored_steps else plain).extend(passes)
         seconds = costs["train"].seconds(plain)
         if not scored:
             return seconds

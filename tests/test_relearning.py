@@ -1,0 +1,111 @@
+"""Relearning ahead: the forget loss is taken where a step of relearning would bring the adapters, and nowhere stays."""
+
+import pytest
+import torch
+from test_trainer import make_trainer, plain_losses, target, untouched_rows
+from torch import nn
+
+from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, row_sums
+from loraprune.relearning import gradients_of, moved
+from loraprune.settings import Settings
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def trained(model):
+    return [one for one in model.parameters() if one.requires_grad]
+
+
+def test_every_trained_weight_moves_by_the_radius_the_way_its_gradient_points_and_comes_back():
+    model = small_model()
+    before = [one.detach().clone() for one in model.parameters()]
+    gradients = [torch.randn_like(one) for one in trained(model)]
+    gradients[-1] = None
+    with pytest.raises(KeyboardInterrupt), moved(model, gradients, 0.25):
+        for one, old, gradient in zip(trained(model), [before[0], *before[2:]], gradients, strict=True):
+            expected = old if gradient is None else old + 0.25 * gradient.sign()
+            assert torch.equal(one, expected)
+        assert torch.equal(model[0].bias, before[1])
+        raise KeyboardInterrupt
+    assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+
+
+def test_gradients_add_up_over_the_losses_and_what_lay_on_the_weights_stays():
+    model, inputs = small_model(), torch.randn(5, 3)
+    model(inputs).square().sum().backward()
+    lying = [one.grad.clone() for one in trained(model)]
+    found = gradients_of(model, [lambda: model(inputs[:2]).sum(), lambda: model(inputs[2:]).sum()])
+    whole = torch.autograd.grad(model(inputs).sum(), trained(model))
+    for one, gradient, expected, old in zip(trained(model), found, whole, lying, strict=True):
+        torch.testing.assert_close(gradient, expected)
+        assert torch.equal(one.grad, old)
+
+
+def log_probability(trainer, batch):
+    values, counted = answer_log_probabilities(logits_of(trainer.adapted, batch), batch["labels"])
+    return row_sums(values, counted), counted.sum(1)
+
+
+def gradient_of(trainer, batch):
+    trainer.current_gradient_accumulation_steps = 1  # else set where training begins
+    trainer.adapted.zero_grad()
+    trainer.training_step(trainer.adapted, batch)
+    return [one.grad.clone() for one in trained(trainer.adapted)]
+
+
+@pytest.mark.parametrize("kind", ["npo", "simnpo", "ga"])
+def test_a_step_pushes_where_relearning_leads_as_hard_as_what_is_known_here_asks(tmp_path, tokenizer, kind):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, relearning_radius=3.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = [one.detach().clone() for one in trained(trainer.adapted)]
+    found = gradient_of(trainer, batch)
+    assert all(torch.equal(one, old) for one, old in zip(trained(trainer.adapted), before, strict=True))
+
+    retain = -(log_probability(trainer, batch["retain"])[0].sum() / log_probability(trainer, batch["retain"])[1].sum())
+    kept = torch.autograd.grad(retain, trained(trainer.adapted))
+    rows, tokens = log_probability(trainer, batch["forget"])
+    towards = torch.autograd.grad((rows / tokens).sum(), trained(trainer.adapted))
+    way = trainer.steering.target.way_left((rows / tokens).exp().mean().item(), 0.002)
+    assert 0 < way <= 1
+    with torch.no_grad():  # 3 learning rates of 0.01
+        for one, gradient in zip(trained(trainer.adapted), towards, strict=True):
+            one.add_(0.03 * gradient.sign())
+    there, _ = log_probability(trainer, batch["forget"])
+    assert (there / tokens).sum() > (rows / tokens).sum()  # it is likelier there
+    push = forget_loss(kind, there, tokens, untouched_rows(batch["forget"]), 0.1)
+    pushed = torch.autograd.grad(trainer.settings.forget_retain_ratio * way * push, trained(trainer.adapted))
+    for one, a, b in zip(found, kept, pushed, strict=True):
+        torch.testing.assert_close(one, a + b, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_radius_a_step_is_taken_at_the_adapters_as_they_are(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = gradient_of(trainer, batch)
+    expected = torch.autograd.grad(trainer.compute_loss(trainer.adapted, batch), trained(trainer.adapted))
+    for one, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, gradient)
+
+
+def test_what_is_below_the_target_is_pulled_up(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows, tokens = log_probability(trainer, batch["forget"])
+    known = (rows / tokens).exp().mean().item()
+    retain, _, _ = plain_losses(trainer, batch)
+    for goal in (known / 2, known, known * 2):
+        trainer.balance.steering.__dict__["target"] = target(goal)
+        trainer.balance.steering.__dict__["forget_before"] = 4 * known
+        loss = trainer.compute_loss(trainer.adapted, batch).item() - retain.item()
+        push = forget_loss("npo", rows, tokens, untouched_rows(batch["forget"]), 0.1).item()
+        way = (known - goal) / (4 * known - goal)
+        assert loss == pytest.approx(trainer.settings.forget_retain_ratio * way * push, rel=1e-3, abs=1e-5)
+
+
+def test_the_default_looks_ahead():
+    assert Settings().relearning_radius > 0
