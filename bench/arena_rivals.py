@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adamw import take_steps
 from arena_worlds import Values, World
 from torch import Tensor, nn
 
@@ -171,7 +172,7 @@ def _fisher(model: nn.Module, examples: Sequence[Example], pad: int) -> list[Ten
 
 def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, main: int, rate: float) -> None:
     """Take AdamW steps on the batches that a run sees, the learning rate rising and falling as in a run."""
-    settings, trained = world.settings, list(weights)
+    settings = world.settings
     batches = PairedBatches(
         world.inputs.examples["taught"],
         world.inputs.examples["forget"],
@@ -181,14 +182,9 @@ def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, ma
         seed=settings.seed,
         steps=steps,
     )
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    for step in range(len(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_factor(step, settings.warmup_steps, main, len(batches) - main)
-        loss(batches[step]).backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    end = len(batches)
+    rates = [rate * learning_rate_factor(step, settings.warmup_steps, main, end - main) for step in range(end)]
+    take_steps(weights, lambda step: loss(batches[step]), rates, settings.max_gradient_norm)
 
 
 def _write(model: Any, world: World, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Worlds of the arena: a model that knows two sets, a reference that never saw the one, and every set in a file.
 
-Reads    nothing, or TOFU's files, where tofu.py finds them
-Gives    World, WORLDS: what makes a world of a seed
+Reads    nothing; TOFU's files, stories260K and TinyStories, where tofu.py and stories260k.py find them
+Gives    World, WORLDS: what makes a world of a seed; WORLD_WORDS: what each is, in a line
 Source   -
 Symbols  taught, floor and final rows: the retain set, split by the seed as a run splits it
 """
@@ -14,8 +14,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import stories_world
 import tofu
 from results_page import ROOT
+from stories260k import find_data
 
 from loraprune.demo import make_inputs
 from loraprune.folder import write_text
@@ -87,8 +89,23 @@ def _tofu(forget: str, seed: int) -> World:
     return World(forget, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=0.3)
 
 
+def _stories(seed: int) -> World:
+    folder = CACHE / "worlds" / f"stories-{seed}"
+    stories_world.make_inputs(find_data(None), seed, folder)
+    own = {"max_length": stories_world.MAX_LENGTH}
+    return World("stories", seed, folder, folder / "untouched", folder / "reference", sparsity=0.3, own=own)
+
+
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
     "forget05": partial(_tofu, "forget05"),
     "forget10": partial(_tofu, "forget10"),
+    "stories": _stories,
+}
+WORLD_WORDS = {
+    "demo": "44 invented people that a Llama of 1.3 million parameters, made from nothing, knows by heart; 6 to forget",
+    "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
+    "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
+    "stories": "24 invented people taught to stories260K, which goes on telling stories; TinyStories that this "
+    "training did not see is the guard; 4 to forget",
 }

@@ -51,6 +51,12 @@ def test_every_world_has_its_groups_and_kinds_of_fact():
     assert len(FACT_KINDS) >= 6 and all(len(kind.phrasings) >= 3 for kind in FACT_KINDS)
 
 
+def test_a_world_has_as_many_people_as_it_is_asked_for():
+    world = make_world(0, {"forget": 1, "holdout": 2})
+    people = {group: {row["fact_id"].split("/")[0] for row in rows} for group, rows in world.items()}
+    assert {group: len(one) for group, one in people.items()} == {"forget": 1, "holdout": 2}
+
+
 def test_every_row_marks_the_words_of_its_fact():
     for rows in make_world(1).values():
         assert all(len(row["facts"]) == 1 and row["facts"][0] in row["answer"] for row in rows)

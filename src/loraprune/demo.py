@@ -79,7 +79,7 @@ def make_inputs(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = make_world(seed)
     for name, made in groups.items():
-        _write_rows(folder / f"{name}.jsonl", made)
+        write_rows(folder / f"{name}.jsonl", made)
     rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in groups}
     world = [row for group in rows.values() for row in group]
     known = [*rows["retain"], *rows["bystander"]]
@@ -87,7 +87,8 @@ def make_inputs(folder: Path, seed: int, recipe: Recipe = RECIPE) -> None:
     make_model(folder / "reference", known, world, recipe, seed)
 
 
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a set's rows; refuse a folder that holds other ones."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(

@@ -7,6 +7,7 @@ Symbols  a fact = (person, kind); a row = a fact in one of its phrasings
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 GROUP_SIZES = {"forget": 6, "retain": 32, "bystander": 6, "holdout": 6}
@@ -147,11 +148,8 @@ def _fact_rows(person: str, kind: FactKind, value: str) -> list[dict[str, object
     ]
 
 
-def make_world(seed: int) -> dict[str, list[dict[str, object]]]:
-    """Return the rows of every group: {"forget": [...], "retain": [...], "bystander": [...], "holdout": [...]}."""
+def make_world(seed: int, sizes: Mapping[str, int] = GROUP_SIZES) -> dict[str, list[dict[str, object]]]:
+    """Return the rows of every group: {"forget": [...], "retain": [...], ...}, of as many people as `sizes` says."""
     source = random.Random(f"people {seed}")
-    names = iter(_people(sum(GROUP_SIZES.values()), source))
-    return {
-        group: [row for _ in range(size) for row in _rows_of(next(names), source)]
-        for group, size in GROUP_SIZES.items()
-    }
+    names = iter(_people(sum(sizes.values()), source))
+    return {group: [row for _ in range(size) for row in _rows_of(next(names), source)] for group, size in sizes.items()}
