@@ -16,7 +16,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from arena_rivals import damping, full_npo, rmu, rounds_steps
+from arena_rivals import damping, full_npo, rmu, rows_of_step, steps_of_rival
 from arena_worlds import Values, World
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from loraprune.scoring import score_model
 from loraprune.settings import Settings
 
 Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None: all groups alike
+NONE_GOES: Values = {"unlearning_threshold": 1.0, "metric": "random"}
 ALL_MAY_GO: Values = {"unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
 RATIOS = tuple({"forget_retain_ratio": ratio} for ratio in (0.3, 1.0, 3.0))
 DEFAULT = 1  # the point in the middle: the one of the quick form
@@ -66,15 +67,18 @@ def scored_by(scored: Scored) -> Iterator[None]:
 
 
 def _adapters_alone(world: World, point: Values, folder: Path, kind: str) -> None:
-    """Run the product with a forget loss and no pruning, in as many passes; its steering helps the rival too."""
-    settings = world.settings
-    none_goes: Values = {"unlearning_threshold": 1.0, "metric": "random", "prune_every": _every(settings)}
-    _run(replace(settings, **{**none_goes, "forget_loss": kind, **point}), folder)
+    """Run the product with a forget loss as published and no pruning; its steering helps the rival too."""
+    steps = steps_of_rival(world.settings, rows_of_step(world.settings))
+    _run(
+        replace(world.settings, **{**NONE_GOES, **steps, "relearning_radius": 0.0, "forget_loss": kind, **point}),
+        folder,
+    )
 
 
-def _every(settings: Settings) -> int:
-    """Return the steps between rounds that score nothing, so that a round passes as many rows as one of ours."""
-    return settings.prune_every + rounds_steps(settings)
+def _uncut(world: World, point: Values, folder: Path) -> None:
+    """Run ours without its cuts: the same losses, which look ahead, and steps in place of the scoring passes."""
+    ahead = rows_of_step(world.settings) + world.settings.forget_batch_size
+    _run(replace(world.settings, **{**NONE_GOES, **steps_of_rival(world.settings, ahead), **point}), folder)
 
 
 def _by_activation(world: World, point: Values, folder: Path) -> None:
@@ -109,9 +113,10 @@ CONTESTANTS: dict[str, Contestant] = {
     "RMU": Contestant("rival", rmu, tuple({"steering": 3.0, "alpha": one} for one in (3.0, 10.0, 30.0))),
     "activation ratio": Contestant("rival", _by_activation, tuple({"finish_steps": one} for one in (25, 100, 350))),
     "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (0.3, 1.0, 3.0))),
+    "nothing cut": Contestant("control", _uncut),
     "random mask": _control("random", "random"),
     "retain-only mask": _control(Settings().metric, None),
     "magnitude mask": _control("magnitude", None),
     "forget-only mask": _control(None, Settings().metric),
 }
-QUICK = (OURS, "NPO, LoRA", "RMU", "random mask", "retain-only mask")
+QUICK = (OURS, "NPO, LoRA", "RMU", "nothing cut", "random mask", "retain-only mask")

@@ -33,18 +33,28 @@ Loss = Callable[[Mapping[str, Batch]], Tensor]  # of a training step, from a bat
 RMU_LAYERS, RMU_RATE = 3, 1e-3
 
 
-def rounds_steps(settings: Settings) -> int:
-    """Return how many more training steps a round of scoring is worth: scored rows over rows of a step, rounded up."""
-    rows = settings.retain_batch_size + settings.forget_batch_size
-    return -(-2 * settings.score_rows // rows)
+def steps_of_rival(settings: Settings, rows: int) -> Values:
+    """Return the settings that name a rival's steps, each of which passes `rows` rows: in all it never passes fewer
+    rows than ours does, which passes a step's forget rows twice and scores at every round."""
+    ours = settings.retain_batch_size + 2 * settings.forget_batch_size
+    scored = 2 * settings.score_rows
+    return {
+        "warmup_steps": -(-settings.warmup_steps * ours // rows),
+        "prune_every": -(-(settings.prune_every * ours + scored) // rows),
+        "finish_steps": -(-settings.finish_steps * ours // rows),
+    }
+
+
+def rows_of_step(settings: Settings) -> int:
+    """Return the rows that a step of a plain forget loss passes."""
+    return settings.retain_batch_size + settings.forget_batch_size
 
 
 def steps_of(settings: Settings) -> tuple[int, int]:
-    """Return after which step a rival's learning rate falls, and after which it ends: it never passes fewer rows than
-    ours does with its scoring."""
-    every = settings.prune_every + rounds_steps(settings)
-    main = settings.warmup_steps + every * settings.prune_rounds
-    return main, main + settings.finish_steps
+    """Return after which step a rival's learning rate falls, and after which it ends."""
+    steps = steps_of_rival(settings, rows_of_step(settings))
+    main = steps["warmup_steps"] + steps["prune_every"] * settings.prune_rounds
+    return main, main + steps["finish_steps"]
 
 
 # --- NPO with all weights ---------------------------------------------------------------------------------------------
