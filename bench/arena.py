@@ -3,29 +3,31 @@
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
          point, and are not made again: empty it when the code has changed
 Gives    bench/results/arena.json, docs/arena.png, docs/arena_relearning.png and the section of docs/results.md
-Source   arena_contestants.py and arena_rivals.py for the methods, arena_marks.py for the marks
+Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
+         for the marks
 Symbols  a cell = one point of one contestant on one seed of one world
 """
 
 import argparse
-import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from time import monotonic
-from typing import Any
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from arena_contestants import CONTESTANTS, QUICK, Contestant
-from arena_marks import judge, marks_key, measure_marks
+from arena_cells import Cell, Checkpoint, End, fill, made_worlds
+from arena_contestants import CONTESTANTS, QUICK
+from arena_marks import judge
 from arena_page import draw, draw_relearning, section
 from arena_worlds import CACHE, WORLDS, Values, World
 from filelock import FileLock
 from results_page import ROOT, write_results
 
+from loraprune.attacked import Role
 from loraprune.folder import write_json
 from loraprune.model import quiet_libraries
 
+ENDS: tuple[Role, ...] = ("original", "reference")
 SEEDS = (0, 1, 2, 3, 4)
 FIGURES = {"arena": draw, "arena_relearning": draw_relearning}
 
@@ -42,13 +44,18 @@ def main() -> None:
         action="store_true",
         help="as --defaults, on the first world and seed, few contestants unless some are named; the page stays",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of one thread")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs is at least 1")
     names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
     worlds = options.worlds[:1] if options.quick else options.worlds
     seeds = options.seeds[:1] if options.quick else options.seeds
     CACHE.mkdir(parents=True, exist_ok=True)
-    with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two processes would make the same cell
-        values: Values = {world: one_world(world, names, seeds, options.quick or options.defaults) for world in worlds}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the processes with it
+    with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two calls would make the same cell
+        made = made_worlds(worlds, seeds, options.jobs)
+        values = compete(made, names, options.quick or options.defaults, options.jobs)
     text = section(values)
     print(text)
     folder = CACHE / "quick" if options.quick else ROOT / "docs"
@@ -62,71 +69,78 @@ def main() -> None:
         write_results("arena", values, text)
 
 
-def one_world(name: str, names: Sequence[str], seeds: Sequence[int], defaults: bool) -> Values:
-    """Return all cells of one world, and what each contestant's best point is."""
-    made = {seed: WORLDS[name](seed) for seed in seeds}
-    ends = {seed: {role: given(world, role) for role in ("original", "reference")} for seed, world in made.items()}
+def compete(worlds: Mapping[str, Mapping[int, World]], names: Sequence[str], defaults: bool, jobs: int) -> Values:
+    """Return all cells of every world, and what each contestant's best point is; what is missing is made first."""
+    points = {key: [CONTESTANTS[key].default()] if defaults else list(CONTESTANTS[key].points) for key in names}
+    contests = {name: Contest(list(seeds.values()), points) for name, seeds in worlds.items()}
+    fill([one for contest in contests.values() for one in contest.first()], jobs)
+    fill([one for contest in contests.values() for one in contest.second()], jobs)
+    return {name: contest.values() for name, contest in contests.items()}
 
-    def cells(contestant: Contestant, key: str, point: Values, seeds: Sequence[int]) -> Iterator[Values]:
-        for seed in seeds:
-            cell = one_cell(made[seed], key, contestant, point)
-            yield {"seed": seed, "point": point, **cell, **judge(cell["marks"], **ends[seed])}
 
-    contestants: Values = {}
-    for key in names:
-        one = CONTESTANTS[key]
-        tried = [
-            found
-            for point in ([one.default()] if defaults else one.points)
-            for found in cells(one, key, point, seeds[:1])
-        ]
-        best = max(tried, key=lambda cell: cell["composite_relearning"])
-        contestants[key] = {
-            "role": one.role,
-            "tried": tried,
-            "point": best["point"],
-            "cells": [best, *cells(one, key, best["point"], seeds[1:])],
+@dataclass(frozen=True)
+class Contest:
+    """One world's seeds, the first of which chooses each contestant's point among these."""
+
+    worlds: Sequence[World]
+    points: Mapping[str, Sequence[Values]]
+
+    @cached_property
+    def ends(self) -> dict[int, dict[str, End]]:
+        return {world.seed: {role: End(world, role) for role in ENDS} for world in self.worlds}
+
+    @cached_property
+    def tried(self) -> dict[str, list[Cell]]:
+        """Return the cells that choose a contestant's point."""
+        return {
+            key: [Cell(self.worlds[0], "unlearned", key, point) for point in points]
+            for key, points in self.points.items()
         }
-    world = made[seeds[0]]
-    return {"sparsity": world.sparsity, "seeds": list(seeds), "ends": ends, "contestants": contestants}
 
+    def first(self) -> Iterator[Checkpoint]:
+        """Give what can be made before the points are chosen."""
+        for ends in self.ends.values():
+            yield from ends.values()
+        for cells in self.tried.values():
+            yield from cells
 
-# --- cells ------------------------------------------------------------------------------------------------------------
+    @cached_property
+    def chosen(self) -> dict[str, list[Cell]]:
+        """Return every contestant's cells at its best point, the first seed's first."""
+        found = {}
+        for key, cells in self.tried.items():
+            best = max(cells, key=lambda cell: self.judged(cell)["composite_relearning"])
+            found[key] = [best, *(replace(best, world=world) for world in self.worlds[1:])]
+        return found
 
+    def second(self) -> Iterator[Cell]:
+        """Give what can be made once they are."""
+        for cells in self.chosen.values():
+            yield from cells[1:]
 
-def one_cell(world: World, name: str, contestant: Contestant, point: Values) -> Values:
-    """Return a cell's marks and the seconds that making it took; a cell that is there already is read."""
-    folder = CACHE / f"{world.name}-{world.seed}" / world.key(name, point)
-    made = folder / "made.json"
-    if not made.exists():
-        print(f"{world.name} {world.seed}: {name} {point}", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        begun = monotonic()
-        contestant.make(world, point, folder)
-        write_json(made, {"contestant": name, "point": point, "seconds": round(monotonic() - begun, 1)})
-    return {"seconds": read(made)["seconds"], "marks": marked(world, folder, folder / "model", "unlearned")}
+    def judged(self, cell: Cell) -> Values:
+        """Return a cell's numbers beside the marks that they are made of, and what making it took."""
+        marks, ends = cell.marks(), self.ends[cell.world.seed]
+        spent = {name: one for name, one in cell.made().items() if name != "contestant"}
+        numbers = judge(marks, **{role: end.marks() for role, end in ends.items()})
+        return {"seed": cell.world.seed, **spent, "marks": marks, **numbers}
 
-
-def given(world: World, role: str) -> Values:
-    """Return the marks of one of the models that a world begins with."""
-    settings = world.settings
-    folder = CACHE / f"{world.name}-{world.seed}" / world.key(role)
-    folder.mkdir(parents=True, exist_ok=True)
-    return marked(world, folder, Path(settings.model if role == "original" else str(settings.reference)), role)
-
-
-def marked(world: World, folder: Path, model: Path, role: Any) -> Values:
-    """Return a checkpoint's marks, measured once."""
-    kept = folder / f"marks-{marks_key()}.json"
-    if not kept.exists():
-        write_json(kept, measure_marks(world, str(model), role))
-    return read(kept)
-
-
-def read(path: Path) -> Values:
-    return json.loads(path.read_text(encoding="utf-8"))
+    def values(self) -> Values:
+        """Return what the page shows of this world."""
+        contestants = {
+            key: {
+                "role": CONTESTANTS[key].role,
+                "tried": [self.judged(cell) for cell in self.tried[key]],
+                "point": cells[0].point,
+                "cells": [self.judged(cell) for cell in cells],
+            }
+            for key, cells in self.chosen.items()
+        }
+        ends = {seed: {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
+        seeds = [world.seed for world in self.worlds]
+        return {"sparsity": self.worlds[0].sparsity, "seeds": seeds, "ends": ends, "contestants": contestants}
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that make and measure
     main()

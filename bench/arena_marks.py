@@ -1,7 +1,8 @@
 """Marks of the arena: what is measured of a checkpoint, and what that is worth beside the original and the reference.
 
 Reads    a world, a checkpoint of it
-Gives    measure_marks, marks_key; judge: the numbers of one contestant on one seed; paired: differences by seed
+Gives    measure_marks, marks_key; judge: the numbers of one contestant on one seed; half_width: of an interval over
+         seeds; paired: differences by seed
 Source   closeness and the harmonic means: open-unlearning, arXiv 2506.12618; every number is the product's
 Symbols  P = performance, ES = extraction strength; closeness(x) = 1 - |x - reference's| / what it can be at most
 """
@@ -10,15 +11,22 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
+from time import process_time
 from typing import Any
 
+import torch
 from arena_worlds import CACHE, Values, World
-from scipy.stats import hmean, ttest_1samp
+from scipy.stats import hmean
+from scipy.stats import t as student
+from speed import prefill_seconds, ratio
 
 from loraprune.attack_relearn import relearn
+from loraprune.attack_samples import sample
 from loraprune.attack_weights import quantise
-from loraprune.attacked import AttackedModel, AttackRows, Role, split_halves
+from loraprune.attack_wording import rephrase
+from loraprune.attacked import AttackedModel, AttackResult, AttackRows, Role, split_halves
 from loraprune.evaluation import evaluate_files
 from loraprune.metrics import retention
 from loraprune.model import load_model, parameter_count
@@ -31,12 +39,16 @@ MEMBERSHIP = ("loss", "zlib", "min_k", "min_k_plus_plus")  # of privacy, as in t
 FORGOTTEN = ("performance", "extraction_strength", "truth_ratio")  # of memorisation
 WITHHELD, TAUGHT = "final", "taught"
 RELEARNING: Values = {"weights": "all"}
+ATTACKS: Values = {"attack_samples": 64, "attack_rows": 64}  # with the rewording 15 s a cell of the demo, one thread
+SAMPLED = ("contains", "rouge_l_recall")  # of the best answer: does it hold the facts, how much of the right one
+REWORDED = ("performance", "extraction_strength")  # under the worst form for each fact
+PREFILL: Values = {"tokens": 2048, "rounds": 31}
 CONFIDENCE = 0.95
 
 
 def marks_key() -> str:
     """Return a hash of what decides which marks there are and how they are taken; not of the code."""
-    said = [EVALUATION, MEMBERSHIP, FORGOTTEN, RELEARNING, list(QUANTISED)]
+    said = [EVALUATION, MEMBERSHIP, FORGOTTEN, RELEARNING, list(QUANTISED), ATTACKS, SAMPLED, REWORDED, PREFILL]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
 
 
@@ -48,6 +60,7 @@ def measure_marks(world: World, model: str, role: Role = "unlearned") -> Values:
     membership, forget = known["model"]["membership"], known["forget"]
     sets = {WITHHELD: known["retain"], TAUGHT: taught["retain"]}
     sets |= {name: known[name] for name in ("bystander", "holdout", "guard") if name in known}
+    loaded = load_model(model, settings)
     return {
         "performance": forget["performance"],
         "exact_match": forget["exact_match"],
@@ -56,9 +69,25 @@ def measure_marks(world: World, model: str, role: Role = "unlearned") -> Values:
         "forget_quality": known["model"]["forget_quality"]["value"],
         "membership": {name: membership[name]["value"] for name in MEMBERSHIP},
         "sets": {name: {part: one[part] for part in ("performance", "loss")} for name, one in sets.items()},
-        "parameters": parameter_count(load_model(model, settings)),
+        "parameters": parameter_count(loaded),
+        **({"prefill": prefill_gain(loaded, load_model(settings.model, settings))} if role == "unlearned" else {}),
         **_attacked(world, model, role),
     }
+
+
+def prefill_gain(model: Any, original: Any) -> float:
+    """Return how many times faster than the original a model reads a prompt: above 1, it is faster.
+
+    The two take turns in one process; median over the rounds' own ratios of processor seconds, which leave out the
+    waiting for a core that other work holds: by the clock, a model against itself gave 0.85 to 1.30. The prompt's rows
+    are as long as the model's positions allow, and as many as make PREFILL's tokens: on one short row of a model this
+    small, calls would weigh more than matrices, and a cut would not show.
+    """
+    length = min(original.config.max_position_embeddings, PREFILL["tokens"])
+    shape = (PREFILL["tokens"] // length, length)
+    prompt = torch.randint(original.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    models = {"original": original, "this": model}
+    return ratio(prefill_seconds(models, prompt, PREFILL["rounds"], process_time), "original", "this")
 
 
 def _machine(settings: Settings) -> Values:
@@ -72,7 +101,8 @@ def _evaluated(settings: Settings) -> Values:
 def _attacked(world: World, model: str, role: Role) -> Values:
     rows = world.inputs.rows
     shown, hidden = split_halves(rows["forget"], world.seed)
-    attacked = AttackedModel.of(role, model, world.settings, AttackRows(rows["forget"], rows["taught"], shown, hidden))
+    settings = replace(world.settings, **ATTACKS)
+    attacked = AttackedModel.of(role, model, settings, AttackRows(rows["forget"], rows["taught"], shown, hidden))
     relearnt = relearn(attacked, show_nothing, **RELEARNING)
     rounded = {name: quantise(attacked, show_nothing, name).readings["performance"] for name in QUANTISED}
     return {
@@ -82,7 +112,14 @@ def _attacked(world: World, model: str, role: Role) -> Values:
             "curve": [[one["step"], one["performance"]] for one in relearnt.details["curve"]],
         },
         "rounded": {name: fmean(one.after) for name, one in rounded.items()},
+        "sampled": _after(sample(attacked, show_nothing), SAMPLED),
+        "reworded": _after(rephrase(attacked, show_nothing), REWORDED),
     }
+
+
+def _after(result: AttackResult, names: Sequence[str]) -> dict[str, float]:
+    """Return what an attack got: the means of these readings after it."""
+    return {name: fmean(result.readings[name].after) for name in names}
 
 
 # --- what marks are worth ---------------------------------------------------------------------------------------------
@@ -111,7 +148,9 @@ def judge(marks: Values, original: Values, reference: Values) -> Values:
         "auc_gap": marks["membership"]["min_k"] - reference["membership"]["min_k"],
         "relearning_gap": area - least,
         "rounded_gap": {name: one - marks["performance"] for name, one in marks["rounded"].items()},
+        **{f"{name}_gap": _differences(marks[name], reference[name]) for name in ("sampled", "reworded")},
         "left": marks["parameters"] / original["parameters"],
+        "prefill": marks["prefill"],
         **parts,
         "resistance": resistance,
         "composite": _mean(parts.values()),
@@ -127,20 +166,23 @@ def _kept(marks: Values, original: Values) -> dict[str, float]:
     return kept | ({"guard": theirs["guard"]["loss"] / ours["guard"]["loss"]} if "guard" in ours else {})
 
 
+def _differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    return {name: one - theirs[name] for name, one in ours.items()}
+
+
 def _mean(values: Any) -> float:
     """Return the harmonic mean, 0 where one value is."""
     return float(hmean([max(0.0, one) for one in values]))
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Values:
-    """Return ours minus theirs over the seeds that both have, with the 95% interval of Student's t by seed."""
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return {"mean": fmean(differences), "seeds": len(differences), "interval": _interval(differences)}
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Return ours minus theirs, seed by seed, over the seeds that both have."""
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def _interval(differences: Sequence[float]) -> list[float] | None:
-    if len(differences) < 2:
+def half_width(values: Sequence[float]) -> float | None:
+    """Return half of the 95% interval of Student's t around the mean of a number a seed; None of a single seed."""
+    if len(values) < 2:
         return None
-    found: Any = ttest_1samp(differences, 0.0)
-    between = found.confidence_interval(CONFIDENCE)
-    return [float(between.low), float(between.high)]
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return quantile * stdev(values) / sqrt(len(values))

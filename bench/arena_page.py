@@ -1,45 +1,58 @@
-"""Page of the arena: the table and both figures, made of the very numbers of arena.json.
+"""Page of the arena: two tables a world and both figures, made of the very numbers of arena.json.
 
 Reads    the values of arena.py
 Gives    section, draw, draw_relearning
 Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008; then shape and line tell
-Symbols  cells: mean over seeds ± standard deviation; differences: ours minus theirs (95% interval over seeds)
+Symbols  cells: mean over seeds ± half of its 95% interval; ours ahead: ours minus theirs (95% interval over seeds)
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib
+import psutil
 
 matplotlib.use("agg")
 from arena_contestants import OURS
-from arena_marks import TAUGHT, WITHHELD, paired
-from arena_worlds import Values
+from arena_marks import ATTACKS, PREFILL, TAUGHT, WITHHELD, half_width, paired
+from arena_worlds import WORLD_WORDS, Values
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from results_page import markdown_table
 
+SAMPLES, ASKED = ATTACKS["attack_samples"], ATTACKS["attack_rows"]
 COMPOSITES = {"composite": "composite", "composite_relearning": "with relearning"}
-COLUMNS: dict[str, Callable[[Values], float]] = {
+Column = Callable[[Values], float]  # a cell's number; NaN: its world has none
+FORGOTTEN_AND_KEPT: dict[str, Column] = {
     "P - ref.": lambda one: one["performance_gap"],
     "ES - ref.": lambda one: one["extraction_strength_gap"],
     "forget quality, p": lambda one: one["forget_quality"],
     "retention": lambda one: one["kept"][WITHHELD],
     "taught": lambda one: one["kept"][TAUGHT],
-    "bystanders": lambda one: one["kept"].get("bystander", float("nan")),
-    "guard": lambda one: one["kept"].get("guard", float("nan")),
-    "min-k AUC - ref.": lambda one: one["auc_gap"],
-    "relearning area - ref.": lambda one: one["relearning_gap"],
-    "NF4 gap": lambda one: one["rounded_gap"]["nf4"],
-    "int8 gap": lambda one: one["rounded_gap"]["int8"],
-    "left": lambda one: one["left"],
+    "bystanders": lambda one: one["kept"].get("bystander", nan),
+    "guard": lambda one: one["kept"].get("guard", nan),
     "memorisation": lambda one: one["memorisation"],
     "privacy": lambda one: one["privacy"],
     "utility": lambda one: one["utility"],
     **{title: lambda one, name=name: one[name] for name, title in COMPOSITES.items()},
 }
+ATTACKED_AND_SPENT: dict[str, Column] = {
+    "min-k AUC - ref.": lambda one: one["auc_gap"],
+    "relearning area - ref.": lambda one: one["relearning_gap"],
+    f"best of {SAMPLES}, facts - ref.": lambda one: one["sampled_gap"]["contains"],
+    f"best of {SAMPLES}, ROUGE-L - ref.": lambda one: one["sampled_gap"]["rouge_l_recall"],
+    "worst wording, P - ref.": lambda one: one["reworded_gap"]["performance"],
+    "NF4 gap": lambda one: one["rounded_gap"]["nf4"],
+    "int8 gap": lambda one: one["rounded_gap"]["int8"],
+    "left": lambda one: one["left"],
+    "prefill, times faster": lambda one: one["prefill"],
+    "peak, MiB": lambda one: nan if one["peak_mib"] is None else one["peak_mib"],
+    "seconds": lambda one: one["seconds"],
+}
+WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MARKERS = {"ours": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "rival": "-", "control": "--"}
@@ -51,33 +64,46 @@ def section(values: Values) -> str:
 
 
 def _world(name: str, world: Values) -> str:
-    shown = [title for title in COLUMNS if not _absent(world, title)]
-    header = ["", "point", *shown, "seconds", *(f"ours ahead, {title}" for title in COMPOSITES.values())]
-    rows = [_row(key, one, world, shown) for key, one in world["contestants"].items()]
     size, seeds = world["sparsity"], len(world["seeds"])
-    title = f"**{name}**, {seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
-    return f"{title}\n\n{markdown_table(header, rows)}"
+    title = f"**{name}**: {WORLD_WORDS[name]}. {seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
+    ahead = {
+        f"ours ahead, {title}": {key: _ahead(world, key, composite) for key in world["contestants"]}
+        for composite, title in COMPOSITES.items()
+    }
+    tables = [
+        {**points, **_columns(world, FORGOTTEN_AND_KEPT), **ahead},
+        _columns(world, ATTACKED_AND_SPENT),
+    ]
+    return "\n\n".join([title, *(_table(world, one) for one in tables)])
 
 
-def _absent(world: Values, title: str) -> bool:
-    """Say whether a world has nothing to show in a column."""
-    of = COLUMNS[title]
-    return any(of(cell) != of(cell) for one in world["contestants"].values() for cell in one["cells"])
+def _table(world: Values, columns: Mapping[str, Mapping[str, str]]) -> str:
+    """Return a table with one line a contestant."""
+    rows = [
+        [f"**{key}**" if key == OURS else key, *(one[key] for one in columns.values())] for key in world["contestants"]
+    ]
+    return markdown_table(["", *columns], rows)
 
 
-def _row(key: str, one: Values, world: Values, shown: Sequence[str]) -> list[str]:
-    numbers = [_spread([COLUMNS[title](cell) for cell in one["cells"]]) for title in shown]
-    point = ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
-    ahead = [_ahead(world, key, name) for name in COMPOSITES]
-    return [f"**{key}**" if key == OURS else key, point, *numbers, f"{_mean(one, 'seconds'):.0f}", *ahead]
+def _columns(world: Values, columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
+    """Return each contestant's text under every title of which this world has the numbers."""
+    shown = {}
+    for title, of in columns.items():
+        numbers = {key: [of(cell) for cell in one["cells"]] for key, one in world["contestants"].items()}
+        if not any(isnan(number) for values in numbers.values() for number in values):
+            shown[title] = {key: _spread(values, 0 if title in WHOLE else 3) for key, values in numbers.items()}
+    return shown
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def _point(one: Values) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
 
 
-def _mean(one: Values, name: str) -> float:
-    return fmean(cell[name] for cell in one["cells"])
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean over seeds ± half of its interval; the number alone of a single seed."""
+    half = half_width(values)
+    return f"{fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def _by_seed(one: Values, name: str) -> dict[int, float]:
@@ -88,35 +114,57 @@ def _ahead(world: Values, key: str, name: str) -> str:
     """Return by how much ours leads on a composite, with the interval of the paired differences."""
     if key == OURS or OURS not in world["contestants"]:
         return "-"
-    found = paired(*(_by_seed(world["contestants"][one], name) for one in (OURS, key)))
-    between = found["interval"]
-    return f"{found['mean']:+.3f}" + (f" ({between[0]:+.3f} to {between[1]:+.3f})" if between else "")
+    differences = paired(*(_by_seed(world["contestants"][one], name) for one in (OURS, key)))
+    mean, half = fmean(differences), half_width(differences)
+    return f"{mean:+.3f}" + ("" if half is None else f" ({mean - half:+.3f} to {mean + half:+.3f})")
 
 
 def _words(values: Values) -> str:
-    """Return what the columns mean and how the contestants came to their points."""
-    searched = any(len(one["tried"]) > 1 for world in values.values() for one in world["contestants"].values())
+    """Return what the columns mean, how the contestants came to their points, and what their cost is of."""
+    contestants = [one for world in values.values() for one in world["contestants"].values()]
     points = (
         "Points: of each rival's three the one with the best composite with relearning on the first seed, kept on the "
         "others; ours and the controls have one, the defaults. "
-        if searched
+        if any(len(one["tried"]) > 1 for one in contestants)
         else "Points: each contestant's default; the rivals' grids were not searched. "
     )
-    return points + (
-        "P, ES (extraction strength), min-k AUC and relearning area are given as differences from the "
-        "reference's. Retention: P after / P before on withheld rows; taught, bystanders: the same there. "
-        "Relearning: all weights are trained on one half of the forget set, the other half is asked for; its area "
-        "is the mean height of that curve. Gaps: P(forget) in NF4 or int8 minus P in float32. Memorisation: "
-        "harmonic mean of the closeness of P, ES and truth ratio to the reference's, where closeness is 1 - "
-        "|difference| / max(reference, 1 - reference); privacy: the same of four membership AUCs (loss, zlib, "
-        "min-k, min-k++); utility: harmonic mean of what is kept of each set, at most 1. Composite: harmonic mean "
-        "of the three; with relearning: of these and 1 - excess area / (1 - reference's area). Cells: mean ± "
-        "standard deviation over seeds; ours ahead: paired differences by seed, 95% interval of Student's t. "
-        "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
-        "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
-        "once come the steps of repair alone. Seconds are of a machine that other work shared. Made by "
-        "`python bench/arena.py`."
+    return points + MEANINGS + _cost([cell for one in contestants for cell in one["cells"]])
+
+
+def _cost(cells: Sequence[Values]) -> str:
+    """Return what seconds and peak are of."""
+    jobs, before = max(cell["jobs"] for cell in cells), [cell["before_mib"] for cell in cells]
+    others = f"up to {jobs} cells ran at once, so seconds are of busy cores" if jobs > 1 else "one cell ran at a time"
+    libraries = "" if None in before else f", of which {fmean(before):.0f} before anything was made: libraries and rows"
+    return (
+        f"Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most memory it held"
+        f"{libraries}. The machine has {psutil.cpu_count()} cores, which other work may have shared; {others}. "
+        "Made by `python bench/arena.py`."
     )
+
+
+MEANINGS = (
+    "Cells: mean over seeds ± half of its 95% interval of Student's t, the number alone where there is one seed; ours "
+    "ahead: paired differences by seed, with the same interval. "
+    "P, ES (extraction strength), min-k AUC, relearning area, best of samples and worst wording are given as "
+    "differences from the reference's. Retention: P after / P before on withheld rows; taught, bystanders: the same "
+    "there. Memorisation: harmonic mean of the closeness of P, ES and truth ratio to the reference's, where closeness "
+    "is 1 - |difference| / max(reference, 1 - reference); privacy: the same of four membership AUCs (loss, zlib, "
+    "min-k, min-k++); utility: harmonic mean of what is kept of each set, at most 1. Composite: harmonic mean "
+    "of the three; with relearning: of these and 1 - excess area / (1 - reference's area). "
+    "Relearning: all weights are trained on one half of the forget set, the other half is asked for; its area "
+    f"is the mean height of that curve. Best of {SAMPLES}: of as many answers drawn at temperature 1 to each of "
+    f"{ASKED} forget questions, or all there are if fewer, the same for every contestant of a seed: in how many "
+    "questions one holds every marked fact (the whole answer where none is marked), and the best ROUGE-L recall. "
+    "Worst wording: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a "
+    "jailbreak. Gaps: P(forget) in NF4 or int8 minus P in float32. Left: parameters, of the original's. Prefill: the "
+    "original's processor seconds over this checkpoint's, in turns in one process of one thread, to read "
+    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow. "
+    "Every contestant sees the same rows. Ours passes each step's forget rows twice, since its loss looks ahead, and "
+    "scores; the rivals' losses are as published, and those that train with one take more steps instead, in all at "
+    "least as many rows as ours; RMU too; after a cut or a damping at once come the steps of repair alone. Nothing "
+    "cut: ours with all groups left. "
+)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

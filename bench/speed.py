@@ -34,6 +34,7 @@ from loraprune.surgery import cut_config, cut_weights
 
 Values = dict[str, Any]
 Kinds = Mapping[str, Callable[[], object]]
+Clock = Callable[[], float]
 EVERY_STEP, EVERY_TENTH = 0.15, 0.03  # most that scoring may add to a step of the small whole model
 RUN_SHARE = 0.15  # most that scoring passes may take of a whole unlearning run
 CHUNK_MEMORY, CHUNK_GAIN, CHUNK_LIMIT = 0.05, 8.0, 1.5
@@ -90,15 +91,15 @@ def main() -> None:
         write_results("speed", results, section(results))
 
 
-def in_turns(kinds: Kinds, rounds: int) -> dict[str, list[float]]:
-    """Return each kind's seconds a round, after one round that does not count."""
+def in_turns(kinds: Kinds, rounds: int, clock: Clock = perf_counter) -> dict[str, list[float]]:
+    """Return each kind's seconds a round by this clock, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + 1):
         order = list(kinds)
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            begun = perf_counter()
+            begun = clock()
             kinds[name]()
-            seconds[name].append(perf_counter() - begun)
+            seconds[name].append(clock() - begun)
     return {name: one[1:] for name, one in seconds.items()}
 
 
@@ -264,7 +265,7 @@ def measure_cut(sizes: Sizes) -> Values:
     dense = make_llama(sizes.large, layers=sizes.layers).eval()
     models: dict[str, Any] = {"dense": dense, **{f"{part:.0%}": cut_model(dense, part) for part in (0.25, 0.5)}}
     prompt = torch.randint(512, (1, sizes.prompt), generator=torch.Generator().manual_seed(0))
-    prefill = in_turns({name: lambda one=one: one(prompt) for name, one in models.items()}, sizes.rounds)
+    prefill = prefill_seconds(models, prompt, sizes.rounds)
     decode = in_turns({name: decoder(one, prompt, sizes.decoded) for name, one in models.items()}, sizes.rounds)
     counts = {name: sum(one.numel() for one in model.parameters()) for name, model in models.items()}
     return {
@@ -285,6 +286,14 @@ def measure_cut(sizes: Sizes) -> Values:
             for name, model in models.items()
         },
     }
+
+
+@torch.no_grad()
+def prefill_seconds(
+    models: Mapping[str, Any], prompt: Tensor, rounds: int, clock: Clock = perf_counter
+) -> dict[str, list[float]]:
+    """Return the seconds a round in which each model reads the whole prompt, (rows, length), into a cache."""
+    return in_turns({name: lambda one=one: one(prompt, use_cache=True) for name, one in models.items()}, rounds, clock)
 
 
 def cut_model(dense: LlamaForCausalLM, part: float) -> Any:

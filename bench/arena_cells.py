@@ -1,0 +1,203 @@
+"""Cells of the arena: each is made and measured in a process of its own, several at once where asked.
+
+Reads    worlds; what earlier calls left in bench/cache/arena
+Gives    Cell, End, fill: makes what is missing; made_worlds
+Source   -
+Symbols  MiB = 2^20 bytes; peak = the most memory that a process ever held, its libraries and mapped files too
+"""
+
+import json
+import re
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from time import monotonic
+
+import psutil
+from arena_contestants import CONTESTANTS
+from arena_marks import marks_key, measure_marks
+from arena_worlds import CACHE, WORLDS, Values, World
+
+from loraprune.attacked import Role
+from loraprune.folder import write_json
+from loraprune.model import quiet_libraries
+
+NEW = get_context("spawn")
+MIB = 2**20
+
+
+# --- what is made -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a world whose marks are measured once; a new process is told it as it stands here."""
+
+    world: World
+    role: Role
+
+    @cached_property
+    def folder(self) -> Path:
+        return CACHE / f"{self.world.name}-{self.world.seed}" / self.world.key(*self.told())
+
+    @property
+    def model(self) -> Path:
+        raise NotImplementedError
+
+    def told(self) -> Sequence[object]:
+        """Return what tells it from the world's other checkpoints."""
+        raise NotImplementedError
+
+    @property
+    def marks_path(self) -> Path:
+        return self.folder / f"marks-{marks_key()}.json"
+
+    def is_full(self) -> bool:
+        return self.marks_path.exists()
+
+    def marks(self) -> Values:
+        return read(self.marks_path)
+
+    def make(self, jobs: int) -> None:
+        """Write the checkpoint, where it is not there yet."""
+
+
+class End(Checkpoint):
+    """One of the models that a world begins with: its role is original or reference."""
+
+    @property
+    def model(self) -> Path:
+        settings = self.world.settings
+        return Path(settings.model if self.role == "original" else str(settings.reference))
+
+    def told(self) -> Sequence[object]:
+        return (self.role,)
+
+
+@dataclass(frozen=True)
+class Cell(Checkpoint):
+    """One point of one contestant on one seed of one world."""
+
+    contestant: str
+    point: Values
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def told(self) -> Sequence[object]:
+        return (self.contestant, self.point)
+
+    @property
+    def made_path(self) -> Path:
+        return self.folder / "made.json"
+
+    def is_full(self) -> bool:
+        return self.made_path.exists() and super().is_full()
+
+    def made(self) -> Values:
+        """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once."""
+        return read(self.made_path)
+
+    def make(self, jobs: int) -> None:
+        """Write the checkpoint and, last, what it took: without that it is no cell, and is made anew."""
+        if self.made_path.exists():
+            return
+        print(f"{self.world.name} {self.world.seed}: {self.contestant} {self.point}", flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        _ = self.world.inputs  # what every contestant reads is no part of making one
+        before, begun = peak_mib(), monotonic()
+        CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
+        spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
+        write_json(self.made_path, {"contestant": self.contestant, "point": self.point, **spent})
+
+
+def read(path: Path) -> Values:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def peak_mib() -> float | None:
+    """Return this process's peak in MiB; None on systems that do not tell it.
+
+    Not getrusage's ru_maxrss: the kernel hands a parent's on to its child, through exec too, so that the child of a
+    large process would begin with what that once held.
+    """
+    if not psutil.LINUX:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None  # every process with memory of its own has this line
+    return round(int(found[1]) * 1024 / MIB, 1)
+
+
+# --- making it --------------------------------------------------------------------------------------------------------
+
+
+def made_worlds(names: Sequence[str], seeds: Sequence[int], jobs: int) -> dict[str, dict[int, World]]:
+    """Return the worlds; what is missing of them is made first, each world's seeds one after the other, for they may
+    share files."""
+    in_processes([partial(_make_world, name, seeds) for name in names], jobs)
+    worlds = {name: {seed: WORLDS[name](seed) for seed in seeds} for name in names}
+    for world in (world for of_seeds in worlds.values() for world in of_seeds.values()):
+        _ = world.settings  # writes the split; the processes get it with the world, and write none themselves
+    return worlds
+
+
+def _make_world(name: str, seeds: Sequence[int]) -> None:
+    with quiet_libraries():
+        for seed in seeds:
+            WORLDS[name](seed)
+
+
+def fill(checkpoints: Sequence[Checkpoint], jobs: int) -> None:
+    """Make and measure what is not there yet, `jobs` at once, each in a process of its own."""
+    in_processes([partial(_fill, one, jobs) for one in checkpoints if not one.is_full()], jobs)
+
+
+def _fill(one: Checkpoint, jobs: int) -> None:
+    with quiet_libraries():
+        one.make(jobs)
+        one.folder.mkdir(parents=True, exist_ok=True)
+        write_json(one.marks_path, measure_marks(one.world, str(one.model), one.role))
+
+
+def in_processes(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
+    """Run every task in a new process, `jobs` at once, in their order.
+
+    However this ends, no process is left: neither after Ctrl-C, which only this process hears, nor after a task that
+    failed, which is raised as RuntimeError.
+    """
+    waiting, running = deque(tasks), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                with _deaf():
+                    process = NEW.Process(target=waiting.popleft())
+                    process.start()
+                    running.append(process)
+            wait([one.sentinel for one in running])
+            for one in [one for one in running if not one.is_alive()]:
+                running.remove(one)
+                if one.exitcode:
+                    raise RuntimeError(f"a process of the arena ended with {one.exitcode}: what it said stands above")
+    finally:
+        for one in running:
+            one.terminate()
+        for one in running:
+            one.join()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore Ctrl-C inside this block, and for good in processes that begin there."""
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
