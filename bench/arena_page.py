@@ -65,7 +65,8 @@ def section(values: Values) -> str:
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    title = f"**{name}**: {WORLD_WORDS[name]}. {seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    title = f"**{name}**: {WORLD_WORDS[name]}. {asked}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {
         f"ours ahead, {title}": {key: _ahead(world, key, composite) for key in world["contestants"]}
