@@ -27,6 +27,7 @@ from loraprune.scoring import score_model
 from loraprune.settings import Settings
 
 Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None: all groups alike
+AHEAD: Values = {"relearning_radius": 3.0}
 NONE_GOES: Values = {"unlearning_threshold": 1.0, "metric": "random"}
 ALL_MAY_GO: Values = {"unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
 RATIOS = tuple({"forget_retain_ratio": ratio} for ratio in (0.3, 1.0, 3.0))
@@ -37,7 +38,7 @@ DEFAULT = 1  # the point in the middle: the one of the quick form
 class Contestant:
     """What unlearns: `make` writes the checkpoint `model` into a folder."""
 
-    role: Literal["ours", "rival", "control"]
+    role: Literal["ours", "variant", "rival", "control"]
     make: Callable[[World, Values, Path], None]
     points: tuple[Values, ...] = ({},)
 
@@ -67,18 +68,15 @@ def scored_by(scored: Scored) -> Iterator[None]:
 
 
 def _adapters_alone(world: World, point: Values, folder: Path, kind: str) -> None:
-    """Run the product with a forget loss as published and no pruning; its steering helps the rival too."""
-    steps = steps_of_rival(world.settings, rows_of_step(world.settings))
-    _run(
-        replace(world.settings, **{**NONE_GOES, **steps, "relearning_radius": 0.0, "forget_loss": kind, **point}),
-        folder,
-    )
+    """Run the product with a forget loss and no pruning, in as many passes; its steering helps the rival too."""
+    _uncut(world, {"forget_loss": kind, **point}, folder)
 
 
-def _uncut(world: World, point: Values, folder: Path) -> None:
-    """Run ours without its cuts: the same losses, which look ahead, and steps in place of the scoring passes."""
-    ahead = rows_of_step(world.settings) + world.settings.forget_batch_size
-    _run(replace(world.settings, **{**NONE_GOES, **steps_of_rival(world.settings, ahead), **point}), folder)
+def _uncut(world: World, point: Values, folder: Path, **others: Any) -> None:
+    """Run the product without its cuts: steps in place of the scoring passes."""
+    settings = replace(world.settings, **others)
+    steps = steps_of_rival(settings, rows_of_step(settings))
+    _run(replace(settings, **{**NONE_GOES, **steps, **point}), folder)
 
 
 def _by_activation(world: World, point: Values, folder: Path) -> None:
@@ -106,6 +104,8 @@ def _control(retain: Metric | None, forget: Metric | None) -> Contestant:
 OURS = "ours"
 CONTESTANTS: dict[str, Contestant] = {
     OURS: Contestant("ours", _ours),
+    "ours, looking ahead": Contestant("variant", partial(_ours, **AHEAD)),
+    "nothing cut, looking ahead": Contestant("variant", partial(_uncut, **AHEAD)),
     "GradDiff, LoRA": Contestant("rival", partial(_adapters_alone, kind="ga"), RATIOS),
     "NPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="npo"), RATIOS),
     "SimNPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="simnpo"), RATIOS),
@@ -113,10 +113,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "RMU": Contestant("rival", rmu, tuple({"steering": 3.0, "alpha": one} for one in (3.0, 10.0, 30.0))),
     "activation ratio": Contestant("rival", _by_activation, tuple({"finish_steps": one} for one in (25, 100, 350))),
     "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (0.3, 1.0, 3.0))),
-    "nothing cut": Contestant("control", _uncut),
     "random mask": _control("random", "random"),
     "retain-only mask": _control(Settings().metric, None),
     "magnitude mask": _control("magnitude", None),
     "forget-only mask": _control(None, Settings().metric),
 }
-QUICK = (OURS, "NPO, LoRA", "RMU", "nothing cut", "random mask", "retain-only mask")
+QUICK = (OURS, "NPO, LoRA", "RMU", "ours, looking ahead", "random mask", "retain-only mask")

@@ -54,8 +54,8 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
 }
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-MARKERS = {"ours": "D", "rival": "o", "control": "s"}
-LINES = {"ours": "-", "rival": "-", "control": "--"}
+MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
+LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
 
 def section(values: Values) -> str:
@@ -161,10 +161,10 @@ MEANINGS = (
     "jailbreak. Gaps: P(forget) in NF4 or int8 minus P in float32. Left: parameters, of the original's. Prefill: the "
     "original's processor seconds over this checkpoint's, in turns in one process of one thread, to read "
     f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow. "
-    "Every contestant sees the same rows. Ours passes each step's forget rows twice, since its loss looks ahead, and "
-    "scores; the rivals' losses are as published, and those that train with one take more steps instead, in all at "
-    "least as many rows as ours; RMU too; after a cut or a damping at once come the steps of repair alone. Nothing "
-    "cut: ours with all groups left. "
+    "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
+    "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
+    "once come the steps of repair alone. Looking ahead: the forget loss is taken where relearning would lead, which "
+    "passes the forget rows twice a step. "
 )
 
 

@@ -35,8 +35,8 @@ RMU_LAYERS, RMU_RATE = 3, 1e-3
 
 def steps_of_rival(settings: Settings, rows: int) -> Values:
     """Return the settings that name a rival's steps, each of which passes `rows` rows: in all it never passes fewer
-    rows than ours does, which passes a step's forget rows twice and scores at every round."""
-    ours = settings.retain_batch_size + 2 * settings.forget_batch_size
+    rows than a run of `settings` does with its scoring."""
+    ours = rows_of_step(settings)
     scored = 2 * settings.score_rows
     return {
         "warmup_steps": -(-settings.warmup_steps * ours // rows),
@@ -46,8 +46,8 @@ def steps_of_rival(settings: Settings, rows: int) -> Values:
 
 
 def rows_of_step(settings: Settings) -> int:
-    """Return the rows that a step of a plain forget loss passes."""
-    return settings.retain_batch_size + settings.forget_batch_size
+    """Return the rows that a step passes; a loss that looks ahead passes those of the forget set twice."""
+    return settings.retain_batch_size + settings.forget_batch_size * (2 if settings.relearning_radius else 1)
 
 
 def steps_of(settings: Settings) -> tuple[int, int]:

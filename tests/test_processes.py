@@ -38,6 +38,7 @@ CASES = {
     "gate": {"metric": "gate", "micro_batch_size": 1},
     "grad": {"metric": "grad", "recovery_steps": 0},
     "activation": {"metric": "activation"},
+    "looking ahead": {"relearning_radius": 3.0, "min_retain_performance": 0.0, "micro_batch_size": 1},
     "rescaled heads": {"attention_unit": "q_head", "rescale_survivors": True},
     "few rows": {"gradient_checkpointing": True, "forget_batch_size": 1, "retain_batch_size": 1},
     "lora in training": COMPRESS,
@@ -45,7 +46,7 @@ CASES = {
     "grad in training": {**COMPRESS, "metric": "grad"},
 }
 EIGHT_BITS = {"eight bits": {"base_bits": 8}} if find_spec("bitsandbytes") else {}
-CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "few rows", "gate", "grad in training"]}
+CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "few rows", "gate", "looking ahead", "grad in training"]}
 
 
 def values_of(folder, case, way):

@@ -103,10 +103,18 @@ class Balance:
         return loss, logits
 
     def parts(
-        self, model: nn.Module, inputs: Mapping[str, Any], size: int | None, *, forgetting: bool, forget_weight: float
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        size: int | None,
+        *,
+        forgetting: bool,
+        forget_weight: float,
+        ahead: float = 1.0,
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
+        But for the forget loss, which looks ahead by `ahead`, in [0, 1], of the radius.
         Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
         that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
         without gradients first.
@@ -116,8 +124,9 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
-                parts = self._withstood_parts if name == "forget" and self.radius else self._pushed_parts
-                yield from parts(model, inputs[name], self.untouched[name], weight, size)
+                radius = ahead * self.radius if name == "forget" else 0.0
+                pushed = partial(self._withstood_parts, radius=radius) if radius else self._pushed_parts
+                yield from pushed(model, inputs[name], self.untouched[name], weight, size)
 
     @staticmethod
     def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weight: float) -> Tensor:
@@ -138,7 +147,13 @@ class Balance:
         yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
 
     def _withstood_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        untouched: Tensor,
+        weight: Weight,
+        size: int | None,
+        radius: float,
     ) -> Iterator["Part"]:
         """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
         parts, performances = split_batch(batch, size), []
@@ -150,7 +165,7 @@ class Balance:
 
         gradients = gradients_of(model, [partial(likely, *one) for one in dealt(parts)])
         performance = torch.cat(collected(performances, len(parts)))
-        with moved(model, gradients, self.radius):
+        with moved(model, gradients, radius):
             yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
 
     def _weighted_parts(

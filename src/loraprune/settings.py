@@ -310,10 +310,11 @@ class Settings:
     )
     forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
     relearning_radius: float = setting(
-        3.0,
+        0.0,
         "training",
         "How far the forget loss looks ahead: every weight of the adapters is moved by so many learning rates towards "
-        "relearning the batch, and what is still known there is pushed down; 0 looks at the adapters as they are.",
+        "relearning the batch, and what is still known there is pushed down. At 3 what is forgotten is hardly learnt "
+        "again, and more is lost of what is not taught; it shrinks as retention nears the floor. 0: not at all.",
         allowed=NOT_NEGATIVE,
     )
     learning_rate: float = setting(
