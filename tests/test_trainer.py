@@ -107,8 +107,7 @@ def without_a_stop(finished, run_folder):
 
 
 def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
-    changes = {"min_retain_performance": 0.9, "seed": 2, "prune_rounds": 6, "sparsity": 0.3, "relearning_radius": 0.0}
-    values = run_values(run_folder, "halved", **changes)
+    values = run_values(run_folder, "halved", min_retain_performance=0.9, seed=2, prune_rounds=6, sparsity=0.3)
     rows = events(run(Settings(**values)).folder)
     [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
     tried = {row["step"]: row["removed"] for row in rows if row["event"] == "propose"}  # the last try of each step

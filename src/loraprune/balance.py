@@ -114,10 +114,9 @@ class Balance:
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
-        But for the forget loss, which looks ahead by `ahead`, in [0, 1], of the radius.
         Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
         that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
-        without gradients first.
+        first. The forget loss differs from that of `loss` where it looks ahead: by `ahead`, in [0, 1], of the radius.
         """
         batch = inputs["retain"]
         for part, weight in dealt(split_batch(batch, size)):

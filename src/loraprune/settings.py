@@ -302,7 +302,7 @@ class Settings:
     forget_loss: str = setting(
         "npo",
         "training",
-        "Loss that pushes the forget set down between pruning steps.",
+        "Loss that pushes the forget set down to its target, between pruning steps and in recovery.",
         allowed=("none", "ga", "npo", "simnpo"),
     )
     forget_retain_ratio: float = setting(
@@ -358,9 +358,7 @@ class Settings:
     prune_rounds: int = setting(
         12, "training", "Pruning steps over which the cubic schedule reaches the sparsity.", allowed=AT_LEAST_ONE
     )
-    finish_steps: int = setting(
-        100, "training", "Steps of recovery on the retain set after the last pruning step.", allowed=NOT_NEGATIVE
-    )
+    finish_steps: int = setting(100, "training", "Steps of recovery after the last pruning step.", allowed=NOT_NEGATIVE)
     evaluate_every: int = setting(
         25, "training", "Steps of the recovery between two looks at P(forget) and retention.", allowed=AT_LEAST_ONE
     )

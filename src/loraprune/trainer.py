@@ -3,7 +3,7 @@
 Reads    paired batches, a model with adapters and a mask, the settings
 Gives    the same model, pruned and repaired; every metric goes to events.jsonl and to `report_to`
 Source   transformers.Trainer; its loop is used as it is
-Symbols  main steps: warm-up and pruning; finish steps: recovery on the retain set
+Symbols  main steps: warm-up and pruning; finish steps: recovery, with the same loss and nothing pruned
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ Event = Callable[..., None]  # event("accept", step=3, retention=0.9): one line 
 class LoRAPruneTrainer(Trainer):
     """A transformers.Trainer whose loss is retain + ratio x forget, and that prunes between steps.
 
-    The forget loss of a batch fades with the way that its P has left to the target, so that nothing is pushed below it;
+    The forget loss of a batch fades with the way that its P has left to the target, and pulls up what is below it;
     sets of earlier requests are pushed down as soon as they rise above where they rest. A step whose gradient is not
     finite is left out and counted.
     """
