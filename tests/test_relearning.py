@@ -1,16 +1,12 @@
 """Relearning ahead: the forget loss is taken where a step of relearning would bring the adapters, and nowhere stays."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from test_trainer import make_trainer, plain_losses, target, untouched_rows
 from torch import nn
 
 from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, row_sums
-from loraprune.records import Look
 from loraprune.relearning import gradients_of, moved
-from loraprune.steering import Limits
 
 
 def small_model():
@@ -108,28 +104,3 @@ def test_what_is_below_the_target_is_pulled_up(tmp_path, tokenizer):
         push = forget_loss("npo", rows, tokens, untouched_rows(batch["forget"]), 0.1).item()
         way = (known - goal) / (4 * known - goal)
         assert loss == pytest.approx(trainer.settings.forget_retain_ratio * way * push, rel=1e-3, abs=1e-5)
-
-
-def look(retention):
-    return Look(0.0, retention, (retention, retention), None, None, None, (), {})
-
-
-def test_the_room_above_the_floor_decides_how_far_a_step_looks_ahead(tmp_path, tokenizer):
-    limits = Limits(min_retain_performance=0.8)
-    steering = replace(make_trainer(tmp_path, tokenizer, target(0.0)).steering, limits=limits)
-    found = [steering.room(look(one)) for one in (1.2, 0.95, 0.925, 0.9, 0.8, 0.5)]
-    assert found == pytest.approx([1, 1, 0.5, 0, 0, 0])
-
-
-def test_without_room_a_step_is_taken_at_the_adapters_as_they_are(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0)
-    batch = next(iter(trainer.get_train_dataloader()))
-    whole, found = gradient_of(trainer, batch), []
-    for ahead in (1.0, 0.5, 0.0):
-        trainer.run_state.ahead = ahead
-        found.append(gradient_of(trainer, batch))
-    expected = torch.autograd.grad(trainer.compute_loss(trainer.adapted, batch), trained(trainer.adapted))
-    for one, nothing, at_once, plain in zip(found[0], found[2], whole, expected, strict=True):
-        assert torch.equal(one, at_once)
-        torch.testing.assert_close(nothing, plain, rtol=1e-4, atol=1e-6)
-    assert any(not torch.allclose(half, one) for half, one in zip(found[1], found[0], strict=True))

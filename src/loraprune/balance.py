@@ -110,21 +110,20 @@ class Balance:
         *,
         forgetting: bool,
         forget_weight: float,
-        ahead: float = 1.0,
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
         Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
         that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
-        first. The forget loss differs from that of `loss` where it looks ahead: by `ahead`, in [0, 1], of the radius.
+        first. The forget loss differs from that of `loss` where it looks ahead.
         """
         batch = inputs["retain"]
         for part, weight in dealt(split_batch(batch, size)):
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
-                radius = ahead * self.radius if name == "forget" else 0.0
-                pushed = partial(self._withstood_parts, radius=radius) if radius else self._pushed_parts
+                withstood = self.radius and name == "forget"
+                pushed = self._withstood_parts if withstood else self._pushed_parts
                 yield from pushed(model, inputs[name], self.untouched[name], weight, size)
 
     @staticmethod
@@ -152,7 +151,6 @@ class Balance:
         untouched: Tensor,
         weight: Weight,
         size: int | None,
-        radius: float,
     ) -> Iterator["Part"]:
         """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
         parts, performances = split_batch(batch, size), []
@@ -164,7 +162,7 @@ class Balance:
 
         gradients = gradients_of(model, [partial(likely, *one) for one in dealt(parts)])
         performance = torch.cat(collected(performances, len(parts)))
-        with moved(model, gradients, radius):
+        with moved(model, gradients, self.radius):
             yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
 
     def _weighted_parts(

@@ -42,7 +42,6 @@ class RunState:
     main_end: int = 0  # the step after which recovery begins
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
-    ahead: float = 1.0  # how much of relearning_radius it looks ahead, by the room above the floor
     forget_weight: float = 1.0  # of the forget loss; halved with every step that had to be undone
     largest_step: float = 1.0  # of sparsity; a pruning step that had to be halved sets it for those after it
     skipped: int = 0  # training steps left out, for a gradient that was not finite

@@ -314,7 +314,7 @@ class Settings:
         "training",
         "How far the forget loss looks ahead: every weight of the adapters is moved by so many learning rates towards "
         "relearning the batch, and what is still known there is pushed down. At 3 what is forgotten is hardly learnt "
-        "again, and more is lost of what is not taught; it shrinks as retention nears the floor. 0: not at all.",
+        "again, and more is lost of what is not taught. 0: not at all.",
         allowed=NOT_NEGATIVE,
     )
     learning_rate: float = setting(

@@ -205,14 +205,6 @@ class Steering:
     ceilings: tuple[Ceiling, ...] = ()
     forget_before: float | None = None
 
-    def room(self, look: Look) -> float:
-        """Return how much the model may still lose beyond what forgetting takes, in [0, 1].
-
-        0 where half of the way from 1 down to the floor is gone, 1 up to a quarter of it.
-        """
-        quarter = (1.0 - self.limits.min_retain_performance) / 4
-        return min(1.0, max(0.0, (look.retention - 1.0 + 2 * quarter) / max(quarter, 1e-6)))
-
     def acceptable(self, look: Look) -> bool:
         """Say whether a model may be written: every limit holds; outside of the band it is only a worse one."""
         return set(self.limits.broken(look)) <= {"band"}

@@ -184,7 +184,7 @@ class LoRAPruneTrainer(Trainer):
     def _step_in_parts(self, model: torch.nn.Module, inputs: Any, size: int | None) -> Tensor:
         model.train()
         state, total = self.run_state, torch.zeros((), device=self.args.device)
-        ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight, "ahead": state.ahead}
+        ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
         for part in self.balance.parts(model, self._prepare_inputs(inputs), size, **ends):
             with self._watched(part.rows):
                 loss = part.loss()
@@ -255,7 +255,7 @@ class LoRAPruneTrainer(Trainer):
         begun, passes = monotonic(), self.settings.score_from == "passes"
         broken = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
         scored = monotonic()
-        looked = self._look_around()
+        looked = self._look()
         took = {"duration": round(scored - begun, 3), "look_duration": round(monotonic() - scored, 3)}
         rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored() if passes}
         self.run_state.score_seconds += took["duration"]
@@ -296,7 +296,6 @@ class LoRAPruneTrainer(Trainer):
         """Take over what a pruning step decided; one that had to be undone makes the run gentler."""
         state, tried_again = self.run_state, self.undone > 0
         if decision.look is not None:
-            state.ahead = self.steering.room(decision.look)
             gained = decision.look.sparsity - (state.good_look.sparsity if state.good_look else 0.0)
             if tried_again and decision.removals:
                 state.largest_step = gained
@@ -366,7 +365,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _steer(self) -> None:
         """Look at the model during recovery: the forget loss stays on, and is off while the model breaks a floor."""
-        looked = self._look_around()
+        looked = self._look()
         self.record("evaluate", looked, broken=self.steering.limits.broken(looked))
         self.run_state.forgetting = self.steering.acceptable(looked)
         if self._better(looked):
@@ -458,12 +457,6 @@ class LoRAPruneTrainer(Trainer):
 
     def _look(self) -> Look:
         return take_look(self.adapted, self.live, self.steering.probes)
-
-    def _look_around(self) -> Look:
-        """Look at the model between two steps; the forget loss looks ahead as far as there is room above the floor."""
-        looked = self._look()
-        self.run_state.ahead = self.steering.room(looked)
-        return looked
 
     def record(self, kind: str, look: Look, **values: Any) -> None:
         """Write one line of events.jsonl; its numbers also go to `report_to` and, in short, to the progress bar."""
