@@ -2,7 +2,8 @@
 
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
          point, and are not made again: empty it when the code has changed
-Gives    bench/results/arena.json, docs/arena.png, docs/arena_relearning.png and the section of docs/results.md
+Gives    bench/results/arena.json, docs/arena.png, docs/arena_frontier.png, docs/arena_relearning.png and the section
+         of docs/results.md
 Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
          for the marks
 Symbols  a cell = one point of one contestant on one seed of one world
@@ -18,7 +19,7 @@ from functools import cached_property
 from arena_cells import Cell, Checkpoint, End, fill, made_worlds
 from arena_contestants import CONTESTANTS, QUICK
 from arena_marks import judge
-from arena_page import draw, draw_relearning, section
+from arena_page import draw, draw_frontier, draw_relearning, section
 from arena_worlds import CACHE, WORLDS, Values, World
 from filelock import FileLock
 from results_page import ROOT, write_results
@@ -29,7 +30,7 @@ from loraprune.model import quiet_libraries
 
 ENDS: tuple[Role, ...] = ("original", "reference")
 SEEDS = (0, 1, 2, 3, 4)
-FIGURES = {"arena": draw, "arena_relearning": draw_relearning}
+FIGURES = {"arena": draw, "arena_frontier": draw_frontier, "arena_relearning": draw_relearning}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Page of the arena: two tables a world and both figures, made of the very numbers of arena.json.
+"""Page of the arena: two tables a world and three figures, made of the very numbers of arena.json.
 
 Reads    the values of arena.py
-Gives    section, draw, draw_relearning
+Gives    section, draw, draw_frontier, draw_relearning
 Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008; then shape and line tell
 Symbols  cells: mean over seeds ± half of its 95% interval; ours ahead: ours minus theirs (95% interval over seeds)
 """
@@ -52,6 +52,8 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
     "peak, MiB": lambda one: nan if one["peak_mib"] is None else one["peak_mib"],
     "seconds": lambda one: one["seconds"],
 }
+UNTAUGHT = (WITHHELD, "bystander", "guard")
+AREA_GOAL, KEPT_GOAL = 0.10, 0.95  # what was asked of ours; lines of the figure
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
@@ -172,28 +174,44 @@ MEANINGS = (
 
 
 def draw(values: Values, path: Path) -> None:
-    """Draw P(forget) against retention, a point for each contestant's mean and a small one a seed; the star is where
-    the reference stands."""
+    """Draw how far P(forget) is from the reference's against retention; the star is where the reference stands."""
 
     def world(axes: Axes, one: Values) -> None:
-        for (key, each), look in zip(one["contestants"].items(), _looks(one), strict=True):
-            across = [cell["kept"][WITHHELD] for cell in each["cells"]]
-            up = [cell["forget"] for cell in each["cells"]]
-            marker = MARKERS[each["role"]]
-            axes.plot(across, up, marker, color=look["color"], markersize=3, alpha=0.6)
-            axes.plot(fmean(across), fmean(up), marker, color=look["color"], markersize=8, label=key)
-        ends = one["ends"].values()
-        kept = [end["reference"]["sets"][WITHHELD]["performance"] / _known(end, WITHHELD) for end in ends]
-        forgotten = [end["reference"]["performance"] for end in ends]
-        axes.plot(fmean(kept), fmean(forgotten), "*", color="#CC0000", markersize=16, label="reference")
+        _points(axes, one, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
+        kept = [
+            end["reference"]["sets"][WITHHELD]["performance"] / end["original"]["sets"][WITHHELD]["performance"]
+            for end in one["ends"].values()
+        ]
+        axes.plot(fmean(kept), 0.0, "*", color="#CC0000", markersize=16, label="reference")
         axes.set_xlabel("retention on withheld rows")
-        axes.set_ylabel("P(forget)")
+        axes.set_ylabel("P(forget) - the reference's")
 
     _figure(values, path, world)
 
 
-def _known(end: Values, name: str) -> float:
-    return end["original"]["sets"][name]["performance"]
+def draw_frontier(values: Values, path: Path) -> None:
+    """Draw what is kept of the sets that nothing teaches again against how much of what is forgotten comes back."""
+
+    def kept(cell: Values) -> float:
+        return fmean(cell["kept"][name] for name in UNTAUGHT if name in cell["kept"])
+
+    def world(axes: Axes, one: Values) -> None:
+        _points(axes, one, lambda cell: cell["relearning_gap"], kept)
+        axes.axvline(AREA_GOAL, color="#999999", linewidth=0.8, linestyle="--")
+        axes.axhline(KEPT_GOAL, color="#999999", linewidth=0.8, linestyle="--")
+        axes.set_xlabel("relearning area - the reference's")
+        axes.set_ylabel("kept of withheld rows, bystanders, guard")
+
+    _figure(values, path, world)
+
+
+def _points(axes: Axes, world: Values, across: Column, up: Column) -> None:
+    """Draw a point for each contestant's mean and a small one a seed."""
+    for (key, each), look in zip(world["contestants"].items(), _looks(world), strict=True):
+        found = [[of(cell) for cell in each["cells"]] for of in (across, up)]
+        marker = MARKERS[each["role"]]
+        axes.plot(*found, marker, color=look["color"], markersize=3, alpha=0.6)
+        axes.plot(*([fmean(one)] for one in found), marker, color=look["color"], markersize=8, label=key)
 
 
 def draw_relearning(values: Values, path: Path) -> None:
