@@ -7,7 +7,6 @@ Symbols  MiB = 2^20 bytes; peak = the most memory that a process ever held, its 
 """
 
 import json
-import re
 import shutil
 import signal
 from collections import deque
@@ -20,13 +19,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
 
-import psutil
 from arena_contestants import CONTESTANTS
 from arena_marks import marks_key, measure_marks
 from arena_worlds import CACHE, WORLDS, Values, World
 
 from loraprune.attacked import Role
 from loraprune.folder import write_json
+from loraprune.memory import peak_bytes
 from loraprune.model import quiet_libraries
 
 NEW = get_context("spawn")
@@ -123,17 +122,9 @@ def read(path: Path) -> Values:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def peak_mib() -> float | None:
-    """Return this process's peak in MiB; None on systems that do not tell it.
-
-    Not getrusage's ru_maxrss: the kernel hands a parent's on to its child, through exec too, so that the child of a
-    large process would begin with what that once held.
-    """
-    if not psutil.LINUX:
-        return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None  # every process with memory of its own has this line
-    return round(int(found[1]) * 1024 / MIB, 1)
+def peak_mib() -> float:
+    """Return this process's peak in MiB."""
+    return round(peak_bytes() / MIB, 1)
 
 
 # --- making it --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
     "int8 gap": lambda one: one["rounded_gap"]["int8"],
     "left": lambda one: one["left"],
     "prefill, times faster": lambda one: one["prefill"],
-    "peak, MiB": lambda one: nan if one["peak_mib"] is None else one["peak_mib"],
+    "peak, MiB": lambda one: one["peak_mib"],
     "seconds": lambda one: one["seconds"],
 }
 UNTAUGHT = (WITHHELD, "bystander", "guard")
@@ -138,10 +138,10 @@ def _cost(cells: Sequence[Values]) -> str:
     """Return what seconds and peak are of."""
     jobs, before = max(cell["jobs"] for cell in cells), [cell["before_mib"] for cell in cells]
     others = f"up to {jobs} cells ran at once, so seconds are of busy cores" if jobs > 1 else "one cell ran at a time"
-    libraries = "" if None in before else f", of which {fmean(before):.0f} before anything was made: libraries and rows"
     return (
-        f"Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most memory it held"
-        f"{libraries}. The machine has {psutil.cpu_count()} cores, which other work may have shared; {others}. "
+        "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most memory it held, "
+        f"of which {fmean(before):.0f} before anything was made: libraries and rows. The machine has "
+        f"{psutil.cpu_count()} cores, which other work may have shared; {others}. "
         "Made by `python bench/arena.py`."
     )
 

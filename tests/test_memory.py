@@ -1,5 +1,8 @@
 """Memory: what is tracked is what a hand counts, and a few rows foretell many."""
 
+import subprocess
+import sys
+
 import psutil
 import pytest
 import torch
@@ -11,6 +14,7 @@ from loraprune.memory import (
     affordable,
     fewer,
     footprint_of,
+    peak_bytes,
     private_bytes,
     resident_bytes,
     traced,
@@ -95,6 +99,14 @@ def test_what_the_process_holds_grows_with_what_it_fills():
     before = resident_bytes()
     held = torch.ones(50_000_000, dtype=torch.uint8)
     assert resident_bytes() - before >= 0.9 * held.nbytes
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="other systems tell only what getrusage tells")
+def test_a_process_does_not_begin_with_the_peak_of_the_one_that_started_it():
+    filler = torch.ones(500_000_000, dtype=torch.uint8)
+    asked = [sys.executable, "-c", "from loraprune.memory import peak_bytes; print(peak_bytes())"]
+    peak = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    assert 0 < peak < peak_bytes() - 0.5 * filler.nbytes
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="other systems do not tell a process's own memory from mapped files")

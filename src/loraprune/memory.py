@@ -1,14 +1,17 @@
 """Memory: how many bytes a pass needs, found by running it on a few rows and extending to its real size.
 
 Reads    a pass (a function of rows), its rows by set; the process's own size
-Gives    traced, Footprint, footprint_of, resident_bytes, Private, private_bytes
+Gives    traced, Footprint, footprint_of, peak_bytes, resident_bytes, Private, private_bytes
 Source   -
 Symbols  trace = bytes of the storages that a pass made and that are still alive, after each of its operations
 """
 
+import re
 import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -128,6 +131,19 @@ def affordable(footprint: Footprint, counts: Mapping[str, int], limit: int) -> d
     return counts
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process ever held.
+
+    On Linux not getrusage's ru_maxrss: the kernel hands a parent's on to its child, through exec too, so that a run
+    started by a large process would begin with what that once held.
+    """
+    if psutil.LINUX:
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+        assert found is not None  # every process with memory of its own has this line
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def resident_bytes() -> int:
     """Return what this process holds of the machine's memory."""
     return psutil.Process().memory_info().rss
@@ -149,5 +165,4 @@ def private_bytes() -> Private | None:
     if not psutil.LINUX:
         return None
     held: Any = psutil.Process().memory_info()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Private(held.rss - held.shared, most - held.shared)
+    return Private(held.rss - held.shared, peak_bytes() - held.shared)

@@ -6,8 +6,6 @@ Source   the unlearning plan, section 6
 Symbols  P = performance; original = the model before the first request
 """
 
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from loraprune.folder import RunFolder
 from loraprune.inputs import Inputs, earlier_sets
 from loraprune.interval import ratio_interval
+from loraprune.memory import peak_bytes
 from loraprune.metrics import forget_drop, retention, unlearning_efficiency
 from loraprune.model import checkpoint_bytes, device_of
 from loraprune.records import GroupKind, Look, Outcome
@@ -176,8 +175,7 @@ def _seconds(folder: RunFolder) -> Values:
 def _peak_memory(settings: Settings) -> int:
     if device_of(settings).type == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_bytes()
 
 
 def last_look(metrics: Values, kept_by_layer: Mapping[GroupKind, Sequence[int]]) -> Values:
