@@ -83,10 +83,12 @@ def _demo(seed: int) -> World:
     return World("demo", seed, folder, folder / "untouched", folder / "reference", sparsity=0.3)
 
 
-def _tofu(forget: str, seed: int) -> World:
-    sets = tofu.CACHE if forget == tofu.FORGET else CACHE / "worlds" / forget
-    tofu.make_inputs(tofu.find_data(None), seed, forget, sets)
-    return World(forget, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=0.3)
+def _tofu(name: str, seed: int) -> World:
+    """Return forget05, forget10, or of the first a part, that models small enough for two cores learn in minutes."""
+    sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
+    forget, extent = (tofu.FORGET, tofu.PART) if name == PART else (name, tofu.WHOLE)
+    tofu.make_inputs(tofu.find_data(None), seed, forget, sets, extent)
+    return World(name, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=0.3)
 
 
 def _stories(seed: int) -> World:
@@ -96,16 +98,20 @@ def _stories(seed: int) -> World:
     return World("stories", seed, folder, folder / "untouched", folder / "reference", sparsity=0.3, own=own)
 
 
+PART = "forget05-part"
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
+    PART: partial(_tofu, PART),
     "forget05": partial(_tofu, "forget05"),
     "forget10": partial(_tofu, "forget10"),
     "stories": _stories,
 }
 WORLD_WORDS = {
     "demo": "44 invented people that a Llama of 1.3 million parameters, made from nothing, knows by heart; 6 to forget",
+    PART: "440 rows of TOFU, learnt by heart from nothing; 80 rows of forget05, of 4 authors, to forget",
     "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
     "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
-    "stories": "24 invented people taught to stories260K, which goes on telling stories; TinyStories that this "
+    "stories": "24 invented people taught to stories260K, its feed-forward part three times as wide with channels that "
+    "were silent before, which goes on telling stories; TinyStories that this "
     "training did not see is the guard; 4 to forget",
 }

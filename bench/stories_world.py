@@ -1,8 +1,8 @@
-"""stories260K taught the facts of invented people: a small model with an ability of its own that is to be kept.
+"""stories260K, widened and taught facts of invented people: a small model with an ability of its own, to be kept.
 
 Reads    stories260K and TinyStories by stories260k.py
-Gives    make_inputs: the sets, the model that knows its people and still tells stories, and the reference; main prints
-         what both know
+Gives    make_inputs: the sets, the model that knows its people and still tells stories, and the reference; widened;
+         main prints what both know
 Source   guard: TinyStories, arXiv 2305.07759; people: loraprune.world
 Symbols  KL = mean over a story's tokens of KL(stories260K || model): what holds the ability while the facts are learnt
 """
@@ -37,6 +37,7 @@ from loraprune.world import make_world
 CACHE = ROOT / "bench" / "cache" / "arena" / "worlds"
 PEOPLE = {"forget": 4, "retain": 16, "bystander": 4, "holdout": 4}  # 6 facts each, 3 phrasings a fact
 GUARD, GUARD_STORIES = "guard", 40  # not told while the facts are learnt
+WIDER = 3  # times as many feed-forward channels: as it is, stories260K has none that stories do not need
 MAX_LENGTH = 192  # tokens of each story, from its beginning on; a fact's row has at most 90
 EPOCHS, FACTS_A_STEP, STORIES_A_STEP = 30, 32, 6
 STORY_WEIGHT = 5.0  # at 2 the facts are learnt sooner, and the loss on other stories rises by 8% rather than by 4%
@@ -76,7 +77,8 @@ def teach(plain: Path, folder: Path, learnt: Sequence[str], path: Path, seed: in
     """Write stories260K with the facts of `learnt`, all weights trained; leave one that is there."""
     if path.exists():
         return
-    tokenizer, pupil, teacher = load(plain)[0], load(plain)[1], load(plain)[1]
+    tokenizer, teacher = load(plain)
+    pupil = widened(teacher, WIDER, seed)
     facts = [one for name in learnt for one in read(folder, name, tokenizer)]
     tales, pad, order = read(folder, "told", tokenizer), pad_token_id(tokenizer), random.Random(seed)
     batches = [part for _ in range(EPOCHS) for part in parts_of(order.sample(facts, len(facts)), FACTS_A_STEP)]
@@ -92,6 +94,25 @@ def teach(plain: Path, folder: Path, learnt: Sequence[str], path: Path, seed: in
     with whole_folder(path) as part:
         pupil.save_pretrained(part)
         tokenizer.save_pretrained(part)
+
+
+@torch.no_grad()
+def widened(model: Any, times: int, seed: int) -> Any:
+    """Return a copy of a Llama with `times` as many feed-forward channels, the new ones silent: it says the same.
+
+    A new channel's gate and up are drawn as a fresh model's are, its column of the down projection is zero.
+    """
+    torch.manual_seed(seed)
+    config = type(model.config).from_dict(
+        {**model.config.to_dict(), "intermediate_size": times * model.config.intermediate_size}
+    )
+    wide = type(model)(config)
+    weights = dict(wide.named_parameters())
+    for name, old in model.named_parameters():
+        if name.endswith("down_proj.weight"):
+            weights[name].zero_()
+        weights[name][tuple(slice(size) for size in old.shape)] = old
+    return wide
 
 
 def strayed(pupil: Any, teacher: Any, told: Mapping[str, Tensor]) -> Tensor:

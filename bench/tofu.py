@@ -2,8 +2,8 @@
 
 Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
 Gives    bench/results/tofu.json, tofu_evidence.json and their sections of docs/results.md; models stay in bench/cache
-Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10 too), rows of retain90; holdout: other rows that
-         no model saw
+Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10 or a part too), rows of retain90; holdout: other rows
+         that no model saw
 Symbols  P = performance
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,36 @@ RECIPE = Recipe(
     learning_rate=1.5e-3,
 )
 ROWS_OF_AUTHOR = 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of TOFU a world takes, in rows, and what learns it."""
+
+    forget: int | None  # None: all
+    retain: int
+    bystander: int
+    recipe: Recipe
+
+
+WHOLE = Extent(None, 1000, 200, RECIPE)
+PART = Extent(
+    4 * ROWS_OF_AUTHOR,
+    15 * ROWS_OF_AUTHOR,
+    3 * ROWS_OF_AUTHOR,
+    replace(
+        RECIPE,
+        vocabulary=2048,
+        sizes={
+            **RECIPE.sizes,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_hidden_layers": 4,
+            "head_dim": 20,
+        },
+        epochs=24,
+    ),
+)
 ATTACK_STEPS = 20  # half as many as usual: most comes back early, and every attack trains three models
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.3,
@@ -81,16 +112,21 @@ def find_data(given: Path | None) -> Path:
     raise SystemExit("TOFU's files were not found: name their folder with --data.")
 
 
-def make_inputs(data: Path, seed: int, forget: str = FORGET, folder: Path = CACHE) -> dict[str, float]:
+def make_inputs(
+    data: Path, seed: int, forget: str = FORGET, folder: Path = CACHE, extent: Extent = WHOLE
+) -> dict[str, float]:
     """Write the four sets and both models once; return the seconds that each model took."""
     folder.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
-    asked = set(lines(data / f"{forget}.json"))
+    asked, kept = set(lines(data / f"{forget}.json")), extent.retain + extent.bystander
+    others = [line for line in both if line not in asked] or retain[kept : kept + len(both)]
     sets = {
-        "forget": with_authors(lines(data / f"{forget}_perturbed.json")),  # with paraphrases and wrong answers
-        "retain": retain[:1000],
-        "bystander": retain[1000:1200],
-        "holdout": [line for line in both if line not in asked] or retain[1200:1600],
+        "forget": with_authors(lines(data / f"{forget}_perturbed.json"))[
+            : extent.forget
+        ],  # with paraphrases, wrong answers
+        "retain": retain[: extent.retain],
+        "bystander": retain[extent.retain : kept],
+        "holdout": others[: extent.forget],
     }
     for name, chosen in sets.items():
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
@@ -99,7 +135,7 @@ def make_inputs(data: Path, seed: int, forget: str = FORGET, folder: Path = CACH
     known = [*rows["retain"], *rows["bystander"]]
     with quiet_libraries():
         return {
-            name: timed_model(folder / f"{name}-{seed}", learnt, world, seed)
+            name: timed_model(folder / f"{name}-{seed}", learnt, world, extent.recipe, seed)
             for name, learnt in (("untouched", [*known, *rows["forget"]]), ("reference", known))
         }
 
@@ -114,12 +150,12 @@ def lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def timed_model(path: Path, rows: Any, world: Any, seed: int) -> float:
+def timed_model(path: Path, rows: Any, world: Any, recipe: Recipe, seed: int) -> float:
     """Make a model where it is not cached; return the seconds that its training took."""
     clock = path.with_suffix(".json")
     if not clock.exists():
         begun = time.monotonic()
-        make_model(path, rows, world, RECIPE, seed)
+        make_model(path, rows, world, recipe, seed)
         write_json(clock, {"seconds": round(time.monotonic() - begun, 1)})
     return json.loads(clock.read_text(encoding="utf-8"))["seconds"]
 
