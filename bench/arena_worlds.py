@@ -84,7 +84,7 @@ def _demo(seed: int) -> World:
 
 
 def _tofu(name: str, seed: int) -> World:
-    """Return forget05, forget10, or of the first a part, that models small enough for two cores learn in minutes."""
+    """Return forget05, forget10, or PART: as much of forget05 as a small model learns in minutes on two cores."""
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
     forget, extent = (tofu.FORGET, tofu.PART) if name == PART else (name, tofu.WHOLE)
     tofu.make_inputs(tofu.find_data(None), seed, forget, sets, extent)
@@ -111,7 +111,7 @@ WORLD_WORDS = {
     PART: "440 rows of TOFU, learnt by heart from nothing; 80 rows of forget05, of 4 authors, to forget",
     "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
     "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
-    "stories": "24 invented people taught to stories260K, its feed-forward part three times as wide with channels that "
-    "were silent before, which goes on telling stories; TinyStories that this "
-    "training did not see is the guard; 4 to forget",
+    "stories": f"stories260K, its feed-forward part {stories_world.WIDER} times as wide (the new channels silent at "
+    "first), taught 24 invented people while it goes on telling stories; the guard is TinyStories that this training "
+    "did not see; 4 to forget",
 }

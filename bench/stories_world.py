@@ -79,6 +79,7 @@ def teach(plain: Path, folder: Path, learnt: Sequence[str], path: Path, seed: in
         return
     tokenizer, teacher = load(plain)
     pupil = widened(teacher, WIDER, seed)
+    refuse_other(pupil, teacher, tokenizer)
     facts = [one for name in learnt for one in read(folder, name, tokenizer)]
     tales, pad, order = read(folder, "told", tokenizer), pad_token_id(tokenizer), random.Random(seed)
     batches = [part for _ in range(EPOCHS) for part in parts_of(order.sample(facts, len(facts)), FACTS_A_STEP)]
@@ -113,6 +114,14 @@ def widened(model: Any, times: int, seed: int) -> Any:
             weights[name].zero_()
         weights[name][tuple(slice(size) for size in old.shape)] = old
     return wide
+
+
+@torch.no_grad()
+def refuse_other(pupil: Any, teacher: Any, tokenizer: Any) -> None:
+    """End where the widened model does not say what the model said: then it has not its ability."""
+    tokens = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
+    if not torch.allclose(pupil(tokens).logits, teacher(tokens).logits, atol=1e-4):
+        raise SystemExit("the widened stories260K says something else than stories260K")
 
 
 def strayed(pupil: Any, teacher: Any, told: Mapping[str, Tensor]) -> Tensor:

@@ -51,29 +51,19 @@ ROWS_OF_AUTHOR = 20
 class Extent:
     """How much of TOFU a world takes, in rows, and what learns it."""
 
-    forget: int | None  # None: all
+    forget: int | None  # of the forget set, and of the holdout; None: all
     retain: int
     bystander: int
     recipe: Recipe
 
 
-WHOLE = Extent(None, 1000, 200, RECIPE)
+WHOLE = Extent(forget=None, retain=1000, bystander=200, recipe=RECIPE)
+SMALL = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 4, "head_dim": 20}
 PART = Extent(
-    4 * ROWS_OF_AUTHOR,
-    15 * ROWS_OF_AUTHOR,
-    3 * ROWS_OF_AUTHOR,
-    replace(
-        RECIPE,
-        vocabulary=2048,
-        sizes={
-            **RECIPE.sizes,
-            "hidden_size": 160,
-            "intermediate_size": 640,
-            "num_hidden_layers": 4,
-            "head_dim": 20,
-        },
-        epochs=24,
-    ),
+    forget=4 * ROWS_OF_AUTHOR,
+    retain=15 * ROWS_OF_AUTHOR,
+    bystander=3 * ROWS_OF_AUTHOR,
+    recipe=replace(RECIPE, vocabulary=2048, sizes={**RECIPE.sizes, **SMALL}, epochs=24),
 )
 ATTACK_STEPS = 20  # half as many as usual: most comes back early, and every attack trains three models
 SETTINGS: dict[str, Any] = {
@@ -119,11 +109,10 @@ def make_inputs(
     folder.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
     asked, kept = set(lines(data / f"{forget}.json")), extent.retain + extent.bystander
+    perturbed = with_authors(lines(data / f"{forget}_perturbed.json"))  # with paraphrases and wrong answers
     others = [line for line in both if line not in asked] or retain[kept : kept + len(both)]
     sets = {
-        "forget": with_authors(lines(data / f"{forget}_perturbed.json"))[
-            : extent.forget
-        ],  # with paraphrases, wrong answers
+        "forget": perturbed[: extent.forget],
         "retain": retain[: extent.retain],
         "bystander": retain[extent.retain : kept],
         "holdout": others[: extent.forget],

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from loraprune import memory
 from loraprune.memory import (
     FEW,
     Private,
@@ -107,6 +108,14 @@ def test_a_process_does_not_begin_with_the_peak_of_the_one_that_started_it():
     asked = [sys.executable, "-c", "from loraprune.memory import peak_bytes; print(peak_bytes())"]
     peak = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
     assert 0 < peak < peak_bytes() - 0.5 * filler.nbytes
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="other systems tell only what getrusage tells")
+def test_where_the_system_tells_no_peak_it_is_what_getrusage_tells(tmp_path, monkeypatch):
+    told, status = peak_bytes(), tmp_path / "status"
+    status.write_bytes(b"Name:\tpyth\xc3\xb6n\nVmRSS:\t1 kB\n")
+    monkeypatch.setattr(memory, "STATUS", status)
+    assert peak_bytes() >= 0.9 * told
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="other systems do not tell a process's own memory from mapped files")

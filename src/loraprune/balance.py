@@ -103,13 +103,7 @@ class Balance:
         return loss, logits
 
     def parts(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        size: int | None,
-        *,
-        forgetting: bool,
-        forget_weight: float,
+        self, model: nn.Module, inputs: Mapping[str, Any], size: int | None, *, forgetting: bool, forget_weight: float
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
@@ -122,8 +116,8 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weight in self._weights(forgetting, forget_weight).items():
             if name in inputs:
-                withstood = self.radius and name == "forget"
-                pushed = self._withstood_parts if withstood else self._pushed_parts
+                ahead = self.radius > 0 and name == "forget"
+                pushed = self._withstood_parts if ahead else self._pushed_parts
                 yield from pushed(model, inputs[name], self.untouched[name], weight, size)
 
     @staticmethod
@@ -145,12 +139,7 @@ class Balance:
         yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
 
     def _withstood_parts(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Tensor],
-        untouched: Tensor,
-        weight: Weight,
-        size: int | None,
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
     ) -> Iterator["Part"]:
         """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
         parts, performances = split_batch(batch, size), []
