@@ -34,7 +34,8 @@ from loraprune.progress import show_nothing
 from loraprune.quantised import QUANTISED
 from loraprune.settings import Settings
 
-EVALUATION: Values = {"rouge_rows": 0, "gradient_norm": False, "cache": str(CACHE / "evaluations")}
+EVALUATION: Values = {"rouge_rows": 0, "gradient_norm": False}
+CACHED: Values = {"cache": str(CACHE / "evaluations")}  # apart, for a path does not decide what a mark is
 MEMBERSHIP = ("loss", "zlib", "min_k", "min_k_plus_plus")  # of privacy, as in the source
 FORGOTTEN = ("performance", "extraction_strength", "truth_ratio")  # of memorisation
 WITHHELD, TAUGHT = "final", "taught"
@@ -56,7 +57,7 @@ def measure_marks(world: World, model: str, role: Role = "unlearned") -> Values:
     """Return everything that is measured of a checkpoint: by evaluation, and under the attacks."""
     settings = world.settings
     known = _evaluated(replace(settings, model=model, retain=settings.final_rows))
-    taught = evaluate_files(Settings(model=model, retain=settings.retain, **_machine(settings), **EVALUATION))
+    taught = _evaluated(Settings(model=model, retain=settings.retain, **_machine(settings)))
     membership, forget = known["model"]["membership"], known["forget"]
     sets = {WITHHELD: known["retain"], TAUGHT: taught["retain"]}
     sets |= {name: known[name] for name in ("bystander", "holdout", "guard") if name in known}
@@ -95,7 +96,7 @@ def _machine(settings: Settings) -> Values:
 
 
 def _evaluated(settings: Settings) -> Values:
-    return evaluate_files(replace(settings, floor_rows=None, final_rows=None, **EVALUATION))
+    return evaluate_files(replace(settings, floor_rows=None, final_rows=None, **EVALUATION, **CACHED))
 
 
 def _attacked(world: World, model: str, role: Role) -> Values:
