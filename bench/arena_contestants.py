@@ -68,8 +68,11 @@ def scored_by(scored: Scored) -> Iterator[None]:
 
 
 def _adapters_alone(world: World, point: Values, folder: Path, kind: str) -> None:
-    """Run the product with a forget loss and no pruning, in as many passes; its steering helps the rival too."""
-    _uncut(world, {"forget_loss": kind, **point}, folder)
+    """Run the product with a forget loss and no pruning, in as many passes; it fades at the target for the rival too.
+
+    By their mean, as the rival pushes all rows alike.
+    """
+    _uncut(world, {"forget_loss": kind, "natural_spread": False, **point}, folder)
 
 
 def _uncut(world: World, point: Values, folder: Path, **others: Any) -> None:
@@ -95,10 +98,10 @@ def _run(settings: Settings, folder: Path) -> None:
     run(replace(settings, output=str(folder)), Console(file=io.StringIO()))
 
 
-def _control(retain: Metric | None, forget: Metric | None) -> Contestant:
+def _control(retain: Metric | None, forget: Metric | None, **others: Any) -> Contestant:
     """Return ours with another mask of the same size: same data, same losses, same steps."""
     scored: Scored = {"retain": retain, "forget": forget}
-    return Contestant("control", partial(_ours, scored=scored, **ALL_MAY_GO))
+    return Contestant("control", partial(_ours, scored=scored, **ALL_MAY_GO, **others))
 
 
 OURS = "ours"
@@ -115,6 +118,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (0.3, 1.0, 3.0))),
     "random mask": _control("random", "random"),
     "retain-only mask": _control(Settings().metric, None),
+    "random mask, looking ahead": _control("random", "random", **AHEAD),
+    "retain-only mask, looking ahead": _control(Settings().metric, None, **AHEAD),
     "magnitude mask": _control("magnitude", None),
     "forget-only mask": _control(None, Settings().metric),
 }

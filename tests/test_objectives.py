@@ -118,6 +118,14 @@ def test_forget_losses_are_the_papers_formulas_npo_divided_by_the_mean_length(ki
 
 
 @pytest.mark.parametrize("kind", list(PLAIN))
+def test_a_forget_loss_weighs_its_rows(kind):
+    first, second = (forget_loss(kind, ROWS, TOKENS, BASE, BETA, torch.tensor(one)) for one in ([1.0, 0.0], [0.0, 1.0]))
+    both = forget_loss(kind, ROWS, TOKENS, BASE, BETA, torch.tensor([2.0, -0.5]))
+    assert both.item() == pytest.approx(2 * first.item() - 0.5 * second.item(), rel=1e-5)
+    assert forget_loss(kind, ROWS, TOKENS, BASE, BETA).item() == pytest.approx(first.item() + second.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(PLAIN))
 def test_going_down_a_forget_loss_makes_every_answer_less_likely(kind):
     rows = ROWS.clone().requires_grad_()
     forget_loss(kind, rows, TOKENS, BASE, BETA).backward()

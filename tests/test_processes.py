@@ -46,6 +46,7 @@ CASES = {
     "grad in training": {**COMPRESS, "metric": "grad"},
 }
 EIGHT_BITS = {"eight bits": {"base_bits": 8}} if find_spec("bitsandbytes") else {}
+NEAR = {"eight bits": 1e-2}  # one activation that is rounded the other way is off by 1/127
 CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "few rows", "gate", "looking ahead", "grad in training"]}
 
 
@@ -96,7 +97,7 @@ def test_two_processes_decide_as_one_does(runs, way, case):
     for alone, shared in scores.values():
         assert [number is None for number in alone] == [number is None for number in shared]
         numbers = [(a, b) for a, b in zip(alone, shared, strict=True) if a is not None]
-        assert all(b == pytest.approx(a, rel=1e-3, abs=1e-6) for a, b in numbers)
+        assert all(b == pytest.approx(a, rel=NEAR.get(case, 1e-3), abs=1e-6) for a, b in numbers)
 
 
 @pytest.mark.parametrize(("way", "case"), EVERY)

@@ -5,6 +5,7 @@ import torch
 from test_trainer import make_trainer, plain_losses, target, untouched_rows
 from torch import nn
 
+from loraprune import steering
 from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, row_sums
 from loraprune.relearning import gradients_of, moved
 
@@ -104,3 +105,29 @@ def test_what_is_below_the_target_is_pulled_up(tmp_path, tokenizer):
         push = forget_loss("npo", rows, tokens, untouched_rows(batch["forget"]), 0.1).item()
         way = (known - goal) / (4 * known - goal)
         assert loss == pytest.approx(trainer.settings.forget_retain_ratio * way * push, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("radius", [0.0, 3.0])
+@pytest.mark.parametrize("kind", ["npo", "simnpo", "ga"])
+def test_rows_that_are_steered_apart_weigh_the_same_in_parts_of_any_size(
+    tmp_path, tokenizer, monkeypatch, kind, radius
+):
+    monkeypatch.setattr(steering, "ONE_PLACE", 1e-6)  # the rows of an untaught model are all nearly alike
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, relearning_radius=radius)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows, tokens = log_probability(trainer, batch["forget"])
+    known = (rows / tokens).exp().detach()
+    middle = known.sort().values[1:3].mean().item()
+    trainer.steering.__dict__.update(target=target(middle), forget_before=2 * known.max().item())
+    trainer.steering.__dict__["spread"] = (0.0, middle, 2 * known.max().item())
+    ways = trainer.steering.ways_left(known)
+    assert (ways > 0).any() and (ways < 0).any()
+    whole = gradient_of(trainer, batch)
+    trainer.settings.__dict__["micro_batch_size"] = 1
+    for one, parts in zip(whole, gradient_of(trainer, batch), strict=True):
+        torch.testing.assert_close(one, parts, rtol=1e-4, atol=1e-6)
+    if not radius:
+        push = forget_loss(kind, rows, tokens, untouched_rows(batch["forget"]), 0.1, ways)
+        retain, _, _ = plain_losses(trainer, batch)
+        expected = retain.item() + trainer.settings.forget_retain_ratio * push.item()
+        assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected, rel=1e-5)

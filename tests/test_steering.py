@@ -1,10 +1,23 @@
 """Where a run is to arrive and what it may not break follow from what was measured before, in a fixed order."""
 
+from statistics import fmean
+
 import pytest
+import torch
 
 from loraprune.records import Look
 from loraprune.settings import Settings
-from loraprune.steering import Limits, Probe, Probes, Steering, find_ceilings, find_limits, find_target
+from loraprune.steering import (
+    Limits,
+    Probe,
+    Probes,
+    Steering,
+    find_ceilings,
+    find_limits,
+    find_spread,
+    find_target,
+    moved_to,
+)
 
 
 def measured(performance):
@@ -16,6 +29,7 @@ BEFORE = {
     "holdout": measured(0.2),
     "reference": {"forget": measured(0.4), "already_forgotten_1": measured(0.08)},
     "already_forgotten_1": measured(0.1),
+    "rows": {"holdout": [0.5, 0.05, 0.05]},
 }
 
 
@@ -70,14 +84,67 @@ def test_the_band_can_be_overshot_only_by_what_starts_above_it():
     assert find_limits(guarded, BEFORE, None, ()).max_guard_loss_ratio == 1.3
 
 
+def odds(performance):
+    return performance / (1 - performance)
+
+
+def test_the_spread_is_the_holdouts_moved_to_the_target_by_as_many_log_odds():
+    rows = [0.9, 0.01, 0.3, 0.5]
+    moved = moved_to(0.25, rows)
+    assert list(moved) == sorted(moved) and fmean(moved) == pytest.approx(0.25, abs=1e-6)
+    ratios = [odds(new) / odds(old) for new, old in zip(moved, sorted(rows), strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 4, rel=1e-5) and ratios[0] < 1
+    assert moved_to(fmean(rows), rows) == pytest.approx(sorted(rows), abs=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-6, 0.5, 1.0])
+def test_rows_that_are_sure_move_as_well(mean):
+    assert fmean(moved_to(mean, [0.0, 1.0, 1.0])) == pytest.approx(mean, abs=1e-3)
+
+
+def test_only_a_holdout_gives_a_spread_and_only_where_it_is_wanted():
+    target = find_target(unlearning(), BEFORE)
+    assert find_spread(unlearning(), BEFORE, target) == moved_to(0.4, BEFORE["rows"]["holdout"])
+    assert find_spread(unlearning(natural_spread=False), BEFORE, target) == ()
+    assert find_spread(unlearning(), {**BEFORE, "rows": {}}, target) == ()
+    assert find_spread(unlearning(), BEFORE, None) == ()
+
+
+NOBODY = Probes(Probe((), ()), (), 0, 8)
+
+
+def test_each_row_has_the_way_left_to_the_goal_of_its_rank():
+    target = find_target(unlearning(), BEFORE)  # 0.4; before 0.9
+    steering = Steering(NOBODY, target=target, forget_before=0.9, spread=(0.1, 0.4, 0.7))
+    ways = steering.ways_left(torch.tensor([0.8, 0.2, 0.4]))  # ranks 2, 0, 1 at a sixth, a half, five sixths
+    assert ways.tolist() == pytest.approx([(0.8 - 0.6) / 0.5, 0.0, 0.0], abs=1e-6)
+    assert steering.ways_left(torch.tensor([0.05])).tolist() == pytest.approx([-0.7])  # alone it is the middle rank
+
+
+def test_rows_that_are_nearly_alike_share_their_ranks():
+    target = find_target(unlearning(), BEFORE)
+    steering = Steering(NOBODY, target=target, forget_before=0.9, spread=(0.1, 0.4, 0.7))
+    assert steering.ways_left(torch.tensor([0.5, 0.5, 0.5])).tolist() == pytest.approx([0.2, 0.2, 0.2])
+    one, other = (steering.ways_left(torch.tensor([0.5, 0.5 + nudge, 0.1])) for nudge in (1e-7, -1e-7))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_without_a_spread_all_rows_have_the_way_of_their_mean():
+    target = find_target(unlearning(), BEFORE)
+    ways = Steering(NOBODY, target=target, forget_before=0.9).ways_left(torch.tensor([0.9, 0.5]))
+    assert ways.tolist() == pytest.approx([0.6, 0.6])
+    upwards = Steering(NOBODY, target=target, forget_before=0.3, spread=(0.1, 0.4, 0.7))
+    assert upwards.ways_left(torch.tensor([0.2, 0.2])).tolist() == [0.0, 0.0]
+    assert Steering(NOBODY).ways_left(torch.tensor([0.2, 0.9])).tolist() == [1.0, 1.0]
+
+
 def look(**values):
     return Look.from_values({"sparsity": 0.1, "retention": 0.95, "groups": {}, "forget": 0.4, **values})
 
 
 def test_a_model_below_the_band_may_be_written_but_is_further_away():
     target = find_target(unlearning(), BEFORE)
-    probes = Probes(Probe((), ()), (), 0, 8)
-    steering = Steering(probes, Limits(0.9, min_forget=target.low), target)
+    steering = Steering(NOBODY, Limits(0.9, min_forget=target.low), target)
     assert steering.acceptable(look()) and steering.distance(look()) == 0.0
     assert steering.acceptable(look(forget=0.2)) and steering.distance(look(forget=0.2)) == pytest.approx(0.1)
     assert steering.distance(look(forget=0.7)) == pytest.approx(0.2)

@@ -1,6 +1,6 @@
 """Balance: how hard each set is pulled at a training step, and the loss that comes of it.
 
-Reads    a batch of each set, the model, where P(forget) stands between its beginning and its target
+Reads    a batch of each set, the model, where its rows' P stand between their beginning and their goals
 Gives    TrainingSets, Balance
 Source   that the forget loss is taken where relearning would lead: arXiv 2502.05374; see relearning.py
 Symbols  P = performance; rest = where P of an earlier request's set is held, high = its ceiling
@@ -34,7 +34,7 @@ from loraprune.settings import Settings
 from loraprune.steering import Steering
 
 Item = TypeVar("Item")
-Weight = Callable[[Tensor, Tensor], float]  # of a batch, from its rows' numbers and their P
+Weigh = Callable[[Tensor, Tensor], Tensor]  # gives the weights of a batch's rows, from their numbers and their P
 
 
 def joined(sequences: Iterable[Sequence[Item]]) -> list[Item]:
@@ -58,9 +58,9 @@ class TrainingSets:
 
 
 class Balance:
-    """The loss of a step: retain + ratio x forget, the forget part fading as P nears its target.
+    """The loss of a step: retain + ratio x forget, the forget part fading as P of a row nears its goal.
 
-    What is below its target is pulled up to it: that less was known shows an observer what was removed. With
+    What is below its goal is pulled up to it: that less was known shows an observer what was removed. With
     `relearning_radius` the forget loss is taken not where the adapters are but where relearning would bring them, so
     that what is forgotten there as well is not soon at hand again; how hard it pushes is decided by P of the adapters
     as they are. Sets of earlier requests are pushed down as soon as they rise above where they rest, also while the
@@ -96,9 +96,9 @@ class Balance:
         if (batch := inputs.get("retain")) is not None:
             logits = logits_of(model, batch)
             loss = retain_loss(logits, batch["labels"])
-        for name, weight in self._weights(forgetting, forget_weight).items():
+        for name, weigh in self._weighers(forgetting, forget_weight).items():
             if name in inputs:
-                pushed = self._pushed_down(model, inputs[name], self.untouched[name], weight)
+                pushed = self._pushed_down(model, inputs[name], self.untouched[name], weigh)
                 loss = loss + self.settings.forget_retain_ratio * pushed
         return loss, logits
 
@@ -114,11 +114,11 @@ class Balance:
         batch = inputs["retain"]
         for part, weight in dealt(split_batch(batch, size)):
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
-        for name, weight in self._weights(forgetting, forget_weight).items():
+        for name, weigh in self._weighers(forgetting, forget_weight).items():
             if name in inputs:
                 ahead = self.radius > 0 and name == "forget"
                 pushed = self._withstood_parts if ahead else self._pushed_parts
-                yield from pushed(model, inputs[name], self.untouched[name], weight, size)
+                yield from pushed(model, inputs[name], self.untouched[name], weigh, size)
 
     @staticmethod
     def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weight: float) -> Tensor:
@@ -127,19 +127,19 @@ class Balance:
 
     def looks_ahead(self, forgetting: bool) -> bool:
         """Say whether a step takes its forget loss from moved adapters: then it goes by parts, whatever their size."""
-        return bool(self.radius) and "forget" in self._weights(forgetting, 1.0)
+        return bool(self.radius) and "forget" in self._weighers(forgetting, 1.0)
 
     def _pushed_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
         parts = split_batch(batch, size)
         with torch.no_grad():
             read = [self._rows_of(model, part)[1].cpu() for part, _ in dealt(parts)]
         performance = torch.cat(collected(read, len(parts)))
-        yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
+        yield from self._weighted_parts(model, batch, parts, untouched, weigh(batch["rows"], performance))
 
     def _withstood_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight, size: int | None
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
         """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
         parts, performances = split_batch(batch, size), []
@@ -152,7 +152,7 @@ class Balance:
         gradients = gradients_of(model, [partial(likely, *one) for one in dealt(parts)])
         performance = torch.cat(collected(performances, len(parts)))
         with moved(model, gradients, self.radius):
-            yield from self._weighted_parts(model, batch, parts, untouched, weight(batch["rows"], performance))
+            yield from self._weighted_parts(model, batch, parts, untouched, weigh(batch["rows"], performance))
 
     def _weighted_parts(
         self,
@@ -160,50 +160,50 @@ class Balance:
         batch: Mapping[str, Tensor],
         parts: Sequence[Mapping[str, Tensor]],
         untouched: Tensor,
-        weight: float,
+        weights: Tensor,
     ) -> Iterator["Part"]:
-        factor = self.settings.forget_retain_ratio * weight
-        for part, counts in dealt(parts) if factor else ():
+        own = weights.split([len(one["rows"]) for one in parts])
+        weighted = list(zip(parts, own, strict=True)) if weights.any() else []
+        for (part, weights_of_part), counts in dealt(weighted):
             of_batch = part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
-            share = counts * factor * of_batch
+            share = weights_of_part * counts * self.settings.forget_retain_ratio * of_batch
             yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
 
-    def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, share: float) -> Tensor:
+    def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, weights: Tensor) -> Tensor:
         rows, _, tokens = self._rows_of(model, part)
-        base = untouched.to(rows.device)[part["rows"]]
-        return share * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
+        return self._forget_loss(rows, tokens, untouched, part["rows"], weights)
 
-    def _weights(self, forgetting: bool, forget_weight: float) -> dict[str, Weight]:
-        """Return by what each set is pushed down at this step, given a batch's rows and their P."""
-        if self.settings.forget_loss == "none":
+    def _forget_loss(self, rows: Tensor, tokens: Tensor, untouched: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        base, weights = untouched.to(rows.device)[numbers], weights.to(rows.device)
+        kind, beta = self.settings.forget_loss, self.settings.forget_loss_beta
+        return forget_loss(kind, rows, tokens, base, beta, weights)
+
+    def _weighers(self, forgetting: bool, forget_weight: float) -> dict[str, Weigh]:
+        """Return what tells how hard each row of a set is pushed down at this step."""
+        if self.settings.forget_loss == "none" or not self.settings.forget_retain_ratio:
             return {}
-        weights: dict[str, Weight] = {"already_forgotten": self._held_down}
+        weighers: dict[str, Weigh] = {"already_forgotten": self._held_down}
         if forgetting:
-            weights["forget"] = lambda rows, performance: forget_weight * self._way_left(performance)
-        return weights
+            weighers["forget"] = lambda rows, performance: forget_weight * self.steering.ways_left(performance)
+        return weighers
 
-    def _way_left(self, performance: Tensor) -> float:
-        """Return the weight of a forget batch: 1 at P before, 0 at the target, below 0 beneath it."""
-        target, before = self.steering.target, self.steering.forget_before
-        return 1.0 if target is None or before is None else target.way_left(float(performance.mean()), before)
-
-    def _held_down(self, rows: Tensor, performance: Tensor) -> float:
-        """Return the weight of a batch of earlier requests: 0 where they rest, 1 at their ceilings."""
+    def _held_down(self, rows: Tensor, performance: Tensor) -> Tensor:
+        """Return the weight of a batch of earlier requests, for each row the same: 0 where they rest, 1 at ceilings."""
         counts = torch.tensor([len(one) for one in self.sets.already_forgotten])
         which = torch.arange(len(counts)).repeat_interleave(counts)[rows.cpu()]
         rest, high = (
             torch.tensor([getattr(one, name) for one in self.steering.ceilings])[which].mean()
             for name in ("rest", "high")
         )
-        return float(((performance.mean().cpu() - rest) / (high - rest).clamp(min=1e-6)).clamp(0.0, 1.0))
+        way = ((performance.mean().cpu() - rest) / (high - rest).clamp(min=1e-6)).clamp(0.0, 1.0)
+        return torch.full_like(performance, float(way))
 
-    def _pushed_down(self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weight: Weight) -> Tensor:
+    def _pushed_down(self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh) -> Tensor:
         rows, performance, tokens = self._rows_of(model, batch)
-        factor = weight(batch["rows"], performance)
-        if factor == 0.0:
+        weights = weigh(batch["rows"], performance)
+        if not weights.any():
             return rows.new_zeros(())
-        base = untouched.to(rows.device)[batch["rows"]]
-        return factor * forget_loss(self.settings.forget_loss, rows, tokens, base, self.settings.forget_loss_beta)
+        return self._forget_loss(rows, tokens, untouched, batch["rows"], weights)
 
     @staticmethod
     def _rows_of(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

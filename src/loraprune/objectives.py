@@ -78,19 +78,25 @@ def part_of_forget_loss(kind: str, tokens: Tensor, all_tokens: Tensor) -> float:
 
 
 def forget_loss(
-    kind: str, row_log_probability: Tensor, tokens: Tensor, base_log_probability: Tensor, beta: float
+    kind: str,
+    row_log_probability: Tensor,
+    tokens: Tensor,
+    base_log_probability: Tensor,
+    beta: float,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
     """Return the mean over rows of a loss that falls as the answers become unlikely.
 
     `row_log_probability` and `base_log_probability`, (batch,): log p of the whole answer now and under the untouched
-    model; `tokens`, (batch,): the answer's length. ga is unbounded below; npo and simnpo flatten out.
+    model; `tokens`, (batch,): the answer's length; `weights`: of the rows' losses, one for all or (batch,). ga is
+    unbounded below; npo and simnpo flatten out.
     differs: npo is divided by the batch's mean length, so that all three, like the retain loss, weigh a token as one.
     """
     if kind == "ga":
-        return (row_log_probability / tokens).mean()
+        return (weights * row_log_probability / tokens).mean()
     if kind == "npo":
         losses = -(2.0 / beta) * logsigmoid(-beta * (row_log_probability - base_log_probability))
-        return losses.mean() / tokens.float().mean()
+        return (weights * losses).mean() / tokens.float().mean()
     if kind == "simnpo":
-        return -(2.0 / beta) * logsigmoid(-beta * row_log_probability / tokens).mean()
+        return -(2.0 / beta) * (weights * logsigmoid(-beta * row_log_probability / tokens)).mean()
     raise ValueError(f"forget loss {kind!r} is not one of ga, npo, simnpo")

@@ -66,6 +66,7 @@ from loraprune.steering import (
     Target,
     find_ceilings,
     find_limits,
+    find_spread,
     find_target,
     scale_original,
 )
@@ -206,7 +207,10 @@ def _measured(
 def measure_sets(
     model: torch.nn.Module, settings: Settings, inputs: Inputs, names: Sequence[str], title: str
 ) -> Values:
-    """Return the named sets' numbers, and under "rows" P of each withheld row, for the interval of retention."""
+    """Return the named sets' numbers, and under "rows" P of each withheld row, for the interval of retention.
+
+    Of each holdout row too, for how far apart such rows lie.
+    """
     values: Values = {"rows": {}}
     pad, facts = pad_token_id(inputs.tokenizer), inputs.facts
     with stage(title, sum(len(inputs.examples[name]) for name in names)) as advance:
@@ -214,7 +218,7 @@ def measure_sets(
             examples = inputs.examples[name]
             numbers = _measured(model, examples, settings, pad, advance)
             values[name] = numbers.as_values(facts[name])
-            if name in WITHHELD:
+            if name in (*WITHHELD, "holdout"):
                 values["rows"][name] = list(numbers.row_performance)
             advance(0, f"{name} {numbers.performance:.2f}")
     return values
@@ -273,7 +277,8 @@ def _steering(settings: Settings, inputs: Inputs, before: Values, original: Valu
         tuple(examples[name] for name in earlier),
     )
     limits = find_limits(settings, before, target, ceilings)
-    return Steering(probes, limits, target, ceilings, before["forget"]["performance"] if target else None)
+    spread = find_spread(settings, before, target)
+    return Steering(probes, limits, target, ceilings, before["forget"]["performance"] if target else None, spread)
 
 
 def refuse_lost_floor(settings: Settings, before: Values, original: Values) -> None:
@@ -416,7 +421,7 @@ def _train_quantised(
     scaled = scale_original(original, before, rounded)
     own = _steering(settings, inputs, {**before, **rounded}, scaled)
     limits = find_limits(settings, {**before, **rounded}, steering.target, own.ceilings)
-    own = replace(own, target=steering.target, limits=limits)
+    own = replace(own, target=steering.target, limits=limits, spread=steering.spread)
     return _ends_of(_train(folder, settings, inputs, own, base))
 
 

@@ -292,6 +292,12 @@ class Settings:
     forget_target: float | None = setting(
         None, "target", "P(forget) at which to stop when there is neither a reference nor a holdout.", allowed=UNIT
     )
+    natural_spread: bool = setting(
+        True,
+        "target",
+        "Steer each forget row, where there is a holdout: ranked by P, the rows of a batch are to lie as far apart as "
+        "the holdout's rows do, around the target. Off, or without a holdout: their mean alone is steered.",
+    )
     band: float | None = setting(
         None,
         "target",

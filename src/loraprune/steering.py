@@ -1,7 +1,7 @@
 """Steering: where a run is to arrive, what no accepted step may break, and the look at a model that tells.
 
 Reads    settings and what the untouched model (and the reference) knew; a live model and the rows that steer
-Gives    Target, Ceiling, Limits, find_target, find_ceilings, find_limits, Probe, Probes, take_look
+Gives    Target, Ceiling, Limits, find_target, find_spread, find_ceilings, find_limits, Probe, Probes, take_look
 Source   -
 Symbols  P = performance; a limit that is measured as NaN is broken
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loraprune.data import Example
 from loraprune.evaluate import measure
@@ -21,6 +22,8 @@ from loraprune.records import Limit, Look, Mask, ModelGroups
 from loraprune.settings import Settings
 
 LEAST_HALF_BAND = 0.03
+LEAST_SURE = 1e-4  # P closer to 0 or 1 counts as so far off
+ONE_PLACE = 0.01  # rows whose P differ by less share their ranks
 NOT_LOOKED_AT = ("taught", "final", "holdout", "bystander")  # while the run trains
 End = TypeVar("End")
 
@@ -101,6 +104,25 @@ def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
         value, source = before["forget"]["performance"] / 10, "tenth"
     half = half_band(value, settings)
     return Target(value, value - half, value + half, source)
+
+
+def find_spread(settings: Settings, before: Mapping[str, Any], target: Target | None) -> tuple[float, ...]:
+    """Return P of the holdout's rows under the given model, in rising order, moved to have the target as their mean.
+
+    Empty where only the mean of the forget rows is to be steered.
+    """
+    rows = before["rows"].get("holdout")
+    return () if target is None or not settings.natural_spread or not rows else moved_to(target.performance, rows)
+
+
+def moved_to(mean: float, performances: Sequence[float]) -> tuple[float, ...]:
+    """Return performances in rising order, all moved by as many log-odds as give them another mean."""
+    odds = torch.tensor(performances, dtype=torch.float64).logit(LEAST_SURE).sort().values
+    low, high = -2 * float(odds.abs().max()) - 10, 2 * float(odds.abs().max()) + 10
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((odds + middle).sigmoid().mean()) < mean else (low, middle)
+    return tuple((odds + low).sigmoid().tolist())
 
 
 def find_ceilings(settings: Settings, before: Mapping[str, Any], names: Sequence[str]) -> tuple[Ceiling, ...]:
@@ -197,13 +219,33 @@ def scale_original(
 
 @dataclass(frozen=True)
 class Steering:
-    """All that steers a run: what is looked at, what must hold, where P(forget) is to arrive and where it began."""
+    """All that steers a run: what is looked at, what must hold, where P(forget) is to arrive and where it began.
+
+    `spread`: how far apart the forget rows' P are to lie; empty where their mean alone is steered.
+    """
 
     probes: Probes
     limits: Limits = Limits()
     target: Target | None = None
     ceilings: tuple[Ceiling, ...] = ()
     forget_before: float | None = None
+    spread: tuple[float, ...] = ()
+
+    def ways_left(self, performances: Tensor) -> Tensor:
+        """Return which part of its way down each row of a forget batch has left, (b,), in [-1, 1].
+
+        1 at P before, 0 at the row's goal, below 0 beneath it. With a spread the rows are ranked by P and a rank's goal
+        is P of that rank in the spread; rows that are nearly alike share their ranks, so that no rounding changes them.
+        Without one all rows have the way that their mean has left to the target.
+        """
+        target, before = self.target, self.forget_before
+        if target is None or before is None:
+            return torch.ones_like(performances)
+        if not self.spread or before <= target.performance:
+            return torch.full_like(performances, target.way_left(float(performances.mean()), before))
+        apart = (performances[:, None] - performances[None, :]).double() / ONE_PLACE
+        goals = torch.tensor(self.spread).double().quantile(apart.sigmoid().mean(1).cpu()).to(performances)
+        return ((performances - goals) / (before - target.performance)).clamp(-1.0, 1.0)
 
     def acceptable(self, look: Look) -> bool:
         """Say whether a model may be written: every limit holds; outside of the band it is only a worse one."""
