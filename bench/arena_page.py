@@ -165,8 +165,10 @@ MEANINGS = (
     f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow. "
     "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
     "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
-    "once come the steps of repair alone. Looking ahead: the forget loss is taken where relearning would lead, which "
-    "passes the forget rows twice a step. In the figure of what is kept, the dashed lines are what was asked of ours: "
+    "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
+    "ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss is taken where relearning "
+    "would lead, which passes the forget rows twice a step. "
+    "In the figure of what is kept, the dashed lines are what was asked of ours: "
     f"an area at most {AREA_GOAL:.2f} above the reference's, and {KEPT_GOAL:.2f} kept. "
 )
 

@@ -1,10 +1,15 @@
 """Where a run is to arrive and what it may not break follow from what was measured before, in a fixed order."""
 
+import io
+import json
 from statistics import fmean
 
 import pytest
 import torch
+from conftest import run_values, write_rows
+from rich.console import Console
 
+from loraprune import pipeline
 from loraprune.records import Look
 from loraprune.settings import Settings
 from loraprune.steering import (
@@ -29,7 +34,7 @@ BEFORE = {
     "holdout": measured(0.2),
     "reference": {"forget": measured(0.4), "already_forgotten_1": measured(0.08)},
     "already_forgotten_1": measured(0.1),
-    "rows": {"holdout": [0.5, 0.05, 0.05]},
+    "rows": {"holdout": [0.5, 0.05, 0.05, 0.2] * 5},
 }
 
 
@@ -99,7 +104,7 @@ def test_the_spread_is_the_holdouts_moved_to_the_target_by_as_many_log_odds():
 
 @pytest.mark.parametrize("mean", [0.0, 1e-6, 0.5, 1.0])
 def test_rows_that_are_sure_move_as_well(mean):
-    assert fmean(moved_to(mean, [0.0, 1.0, 1.0])) == pytest.approx(mean, abs=1e-3)
+    assert fmean(moved_to(mean, [0.0, 1.0, 1.0])) == pytest.approx(mean, abs=1e-6)
 
 
 def test_only_a_holdout_gives_a_spread_and_only_where_it_is_wanted():
@@ -107,26 +112,47 @@ def test_only_a_holdout_gives_a_spread_and_only_where_it_is_wanted():
     assert find_spread(unlearning(), BEFORE, target) == moved_to(0.4, BEFORE["rows"]["holdout"])
     assert find_spread(unlearning(natural_spread=False), BEFORE, target) == ()
     assert find_spread(unlearning(), {**BEFORE, "rows": {}}, target) == ()
+    assert find_spread(unlearning(), {**BEFORE, "rows": {"holdout": [0.1, 0.6] * 9}}, target) == ()  # too few
     assert find_spread(unlearning(), BEFORE, None) == ()
 
 
 NOBODY = Probes(Probe((), ()), (), 0, 8)
 
 
+def steering_to(spread, forget_before=0.9):
+    return Steering(NOBODY, target=find_target(unlearning(), BEFORE), forget_before=forget_before, spread=spread)
+
+
 def test_each_row_has_the_way_left_to_the_goal_of_its_rank():
-    target = find_target(unlearning(), BEFORE)  # 0.4; before 0.9
-    steering = Steering(NOBODY, target=target, forget_before=0.9, spread=(0.1, 0.4, 0.7))
-    ways = steering.ways_left(torch.tensor([0.8, 0.2, 0.4]))  # ranks 2, 0, 1 at a sixth, a half, five sixths
+    ways = steering_to((0.1, 0.4, 0.7)).ways_left(torch.tensor([0.8, 0.2, 0.4]))  # at five, one and three sixths
     assert ways.tolist() == pytest.approx([(0.8 - 0.6) / 0.5, 0.0, 0.0], abs=1e-6)
-    assert steering.ways_left(torch.tensor([0.05])).tolist() == pytest.approx([-0.7])  # alone it is the middle rank
+    assert steering_to((0.1, 0.4, 0.7)).ways_left(torch.tensor([0.05])).tolist() == pytest.approx([-0.7])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 32])
+def test_the_goals_of_a_batch_have_the_target_as_their_mean(rows):
+    performances = torch.linspace(0.41, 0.47, rows)
+    for spread in (moved_to(0.4, [0.01, 0.01, 0.02, 0.9]), moved_to(0.4, [0.3, 0.95, 0.97])):
+        ways = steering_to(spread, forget_before=9.0).ways_left(performances)  # so long a way that none is cut off
+        goals = performances - ways * (9.0 - 0.4)
+        assert goals.mean().item() == pytest.approx(0.4, abs=1e-5)
+        assert rows < 5 or goals.max() - goals.min() > 0.1
 
 
 def test_rows_that_are_nearly_alike_share_their_ranks():
-    target = find_target(unlearning(), BEFORE)
-    steering = Steering(NOBODY, target=target, forget_before=0.9, spread=(0.1, 0.4, 0.7))
-    assert steering.ways_left(torch.tensor([0.5, 0.5, 0.5])).tolist() == pytest.approx([0.2, 0.2, 0.2])
-    one, other = (steering.ways_left(torch.tensor([0.5, 0.5 + nudge, 0.1])) for nudge in (1e-7, -1e-7))
+    assert steering_to((0.1, 0.4, 0.7)).ways_left(torch.tensor([0.5, 0.5, 0.5])).tolist() == pytest.approx([0.2] * 3)
+    nudged = [torch.tensor([0.5, 0.5 + nudge, 0.1]) for nudge in (1e-7, -1e-7)]
+    one, other = map(steering_to((0.1, 0.4, 0.7)).ways_left, nudged)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_is_not_finite_weighs_one_so_that_its_step_is_left_out():
+    assert steering_to((0.1, 0.4, 0.7)).ways_left(torch.tensor([0.5, float("nan")])).tolist() == [1.0, 1.0]
+
+
+def test_a_way_is_at_least_as_long_as_half_the_band():
+    ways = steering_to((0.1, 0.4, 0.7), forget_before=0.401).ways_left(torch.tensor([0.41]))
+    assert ways.tolist() == pytest.approx([0.1], abs=1e-5)
 
 
 def test_without_a_spread_all_rows_have_the_way_of_their_mean():
@@ -136,6 +162,34 @@ def test_without_a_spread_all_rows_have_the_way_of_their_mean():
     upwards = Steering(NOBODY, target=target, forget_before=0.3, spread=(0.1, 0.4, 0.7))
     assert upwards.ways_left(torch.tensor([0.2, 0.2])).tolist() == [0.0, 0.0]
     assert Steering(NOBODY).ways_left(torch.tensor([0.2, 0.9])).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("base_bits", [16, 8])
+@pytest.mark.parametrize(("rows", "spread"), [(24, True), (12, False)])
+def test_a_run_steers_by_its_holdouts_spread(run_folder, tmp_path, monkeypatch, base_bits, rows, spread):
+    if base_bits == 8:
+        pytest.importorskip("bitsandbytes")
+    write_rows(
+        tmp_path / "holdout.jsonl", [{"question": f"Home of Zed{i}?", "answer": f"By {i} seas."} for i in range(rows)]
+    )
+    seen = []
+
+    class Seen(pipeline.LoRAPruneTrainer):
+        def __init__(self, *arguments, steering, **others):
+            seen.append(steering)
+            super().__init__(*arguments, steering=steering, **others)
+
+    monkeypatch.setattr(pipeline, "LoRAPruneTrainer", Seen)
+    changes = {"holdout": str(tmp_path / "holdout.jsonl"), "base_bits": base_bits, "finish_steps": 0}
+    console = Console(record=True, width=200, file=io.StringIO())
+    report = pipeline.run(Settings(**run_values(run_folder, str(tmp_path / "out"), **changes)), console)
+    [steering] = seen
+    before = json.loads((tmp_path / "out" / "before.json").read_text())["rows"]["holdout"]
+    assert len(before) == rows
+    assert steering.spread == (moved_to(steering.target.performance, before) if spread else ())
+    assert report.metrics["natural_spread"] is spread
+    said = "steered as far apart as the holdout's 24 rows" if spread else "steered by their mean"
+    assert said in console.export_text()
 
 
 def look(**values):

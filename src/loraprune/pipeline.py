@@ -59,6 +59,7 @@ from loraprune.result import KEPT, WITHHELD, last_look, metrics_of
 from loraprune.rules import Rules
 from loraprune.settings import PLAIN_BITS, Settings, as_values
 from loraprune.steering import (
+    LEAST_ROWS,
     NOT_LOOKED_AT,
     Probe,
     Probes,
@@ -122,7 +123,7 @@ def _run_stages(folder: RunFolder, settings: Settings, inputs: Inputs, console: 
     steering = _steering(settings, inputs, before, original)
     refuse_lost_floor(settings, before, original)
     _say_target(steering.target, settings, before, console)
-    _say_steering(steering, original, ledger, console)
+    _say_steering(settings, steering, original, ledger, console)
     _say_overlap(inputs, console)
     if not folder.has("model"):
         _train_and_cut(folder, settings, inputs, steering, before, original)
@@ -336,8 +337,12 @@ def _say_target(target: Target | None, settings: Settings, before: Mapping[str, 
         console.print(f"the untouched model is there already: P(forget) is {before['forget']['performance']:.3f}")
 
 
-def _say_steering(steering: Steering, original: Values, ledger: Ledger, console: Console) -> None:
-    """Say against which model the floor holds, and how surely a set of this size can tell."""
+def _say_steering(settings: Settings, steering: Steering, original: Values, ledger: Ledger, console: Console) -> None:
+    """Say how forget rows are steered, against which model the floor holds, and how surely a set can tell."""
+    if steering.spread:
+        console.print(f"forget rows: steered as far apart as the holdout's {len(steering.spread)} rows")
+    elif settings.natural_spread and settings.holdout is not None:
+        console.print(f"forget rows: steered by their mean; a holdout of fewer than {LEAST_ROWS} rows tells no more")
     facts = len(set(steering.probes.floor.facts))
     if steering.limits.min_retain_performance:
         rows = f"{counted(len(steering.probes.floor.examples), 'row')} of {counted(facts, 'fact')}"

@@ -92,7 +92,7 @@ def metrics_of(
     }
     target = steering.target
     if target is not None:
-        values |= _forget_metrics(before, after, target, kept["final"], seconds["total"])
+        values |= _forget_metrics(before, after, target, bool(steering.spread), kept["final"], seconds["total"])
     values["outcome"] = _outcome(values, settings, target, decision)
     values["goal_met"] = values["outcome"] == ("target_reached" if target is not None else "budget_spent")
     return values
@@ -124,7 +124,9 @@ def _earlier_metrics(settings: Settings, steering: Steering, before: Values, aft
     ]
 
 
-def _forget_metrics(before: Values, after: Values, target: Target, kept: float, seconds: float) -> Values:
+def _forget_metrics(
+    before: Values, after: Values, target: Target, natural_spread: bool, kept: float, seconds: float
+) -> Values:
     drop = forget_drop(before["forget"]["performance"], after["forget"]["performance"])
     removed = before["parameters"] - after["parameters"]
     reference = before.get("reference", {}).get("forget")
@@ -133,6 +135,7 @@ def _forget_metrics(before: Values, after: Values, target: Target, kept: float, 
         "forget_drop": drop,
         "unlearning_efficiency": unlearning_efficiency(drop, kept, seconds, removed),
         "target": target.as_values(),
+        "natural_spread": natural_spread,
     }
 
 

@@ -295,8 +295,8 @@ class Settings:
     natural_spread: bool = setting(
         True,
         "target",
-        "Steer each forget row, where there is a holdout: ranked by P, the rows of a batch are to lie as far apart as "
-        "the holdout's rows do, around the target. Off, or without a holdout: their mean alone is steered.",
+        "Steer each forget row, where there is a holdout of 20 rows or more: ranked by P, the rows of a batch are to "
+        "lie as far apart as the holdout's do, around the target. Off, or without such a holdout: steer their mean.",
     )
     band: float | None = setting(
         None,

@@ -23,7 +23,8 @@ from loraprune.settings import Settings
 
 LEAST_HALF_BAND = 0.03
 LEAST_SURE = 1e-4  # P closer to 0 or 1 counts as so far off
-ONE_PLACE = 0.01  # rows whose P differ by less share their ranks
+ONE_PLACE = 0.01  # about so far apart P of two rows must be for them to have ranks of their own
+LEAST_ROWS = 20  # of the holdout: fewer say too little of how far apart rows lie
 NOT_LOOKED_AT = ("taught", "final", "holdout", "bystander")  # while the run trains
 End = TypeVar("End")
 
@@ -109,10 +110,12 @@ def find_target(settings: Settings, before: Mapping[str, Any]) -> Target | None:
 def find_spread(settings: Settings, before: Mapping[str, Any], target: Target | None) -> tuple[float, ...]:
     """Return P of the holdout's rows under the given model, in rising order, moved to have the target as their mean.
 
-    Empty where only the mean of the forget rows is to be steered.
+    Empty where only the mean of the forget rows is to be steered: also when the holdout has fewer than 20 rows.
     """
-    rows = before["rows"].get("holdout")
-    return () if target is None or not settings.natural_spread or not rows else moved_to(target.performance, rows)
+    rows = before["rows"].get("holdout", ())
+    if target is None or not settings.natural_spread or len(rows) < LEAST_ROWS:
+        return ()
+    return moved_to(target.performance, rows)
 
 
 def moved_to(mean: float, performances: Sequence[float]) -> tuple[float, ...]:
@@ -234,18 +237,21 @@ class Steering:
     def ways_left(self, performances: Tensor) -> Tensor:
         """Return which part of its way down each row of a forget batch has left, (b,), in [-1, 1].
 
-        1 at P before, 0 at the row's goal, below 0 beneath it. With a spread the rows are ranked by P and a rank's goal
-        is P of that rank in the spread; rows that are nearly alike share their ranks, so that no rounding changes them.
-        Without one all rows have the way that their mean has left to the target.
+        1 at P before, 0 at the row's goal, below 0 beneath it. With a spread the rows are ranked by P and the goal of a
+        rank is that quantile of the spread; rows that are nearly alike share their ranks, so that no rounding changes
+        them, and the goals of a batch have the target as their mean. Without a spread, or where a P is not finite, all
+        rows have the way that their mean has left to the target.
         """
         target, before = self.target, self.forget_before
         if target is None or before is None:
             return torch.ones_like(performances)
-        if not self.spread or before <= target.performance:
+        if not self.spread or before <= target.performance or not performances.isfinite().all():
             return torch.full_like(performances, target.way_left(float(performances.mean()), before))
         apart = (performances[:, None] - performances[None, :]).double() / ONE_PLACE
         goals = torch.tensor(self.spread).double().quantile(apart.sigmoid().mean(1).cpu()).to(performances)
-        return ((performances - goals) / (before - target.performance)).clamp(-1.0, 1.0)
+        goals += target.performance - goals.mean()
+        whole = max(before, target.high) - target.performance
+        return ((performances - goals) / whole).clamp(-1.0, 1.0)
 
     def acceptable(self, look: Look) -> bool:
         """Say whether a model may be written: every limit holds; outside of the band it is only a worse one."""
