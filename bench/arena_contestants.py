@@ -68,9 +68,9 @@ def scored_by(scored: Scored) -> Iterator[None]:
 
 
 def _adapters_alone(world: World, point: Values, folder: Path, kind: str) -> None:
-    """Run the product with a forget loss and no pruning, in as many passes; it fades at the target for the rival too.
+    """Run the product with a forget loss and no pruning, in as many passes.
 
-    By their mean, as the rival pushes all rows alike.
+    The loss fades at the target for the rival too, by the mean of the rows, since the rival pushes all alike.
     """
     _uncut(world, {"forget_loss": kind, "natural_spread": False, **point}, folder)
 
