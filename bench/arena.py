@@ -1,4 +1,4 @@
-"""Arena: does pruning by dual score unlearn better than forget losses alone, other prunings, and masks of equal size?
+"""Arena: does pruning by dual importance unlearn better than forget losses alone, other prunings, masks of equal size?
 
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
          point, and are not made again: empty it when the code has changed

@@ -28,8 +28,8 @@ from loraprune.settings import Settings
 
 Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None: all groups alike
 AHEAD: Values = {"relearning_radius": 3.0}
-NONE_GOES: Values = {"unlearning_threshold": 1.0, "metric": "random"}
-ALL_MAY_GO: Values = {"unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
+ANY_RATIO: Values = {"order": "share", "unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
+NONE_GOES: Values = {"unlearning_threshold": 1.0, "order": "share", "metric": "random"}
 RATIOS = tuple({"forget_retain_ratio": ratio} for ratio in (0.3, 1.0, 3.0))
 DEFAULT = 1  # the point in the middle: the one of the quick form
 
@@ -90,7 +90,7 @@ def _by_activation(world: World, point: Values, folder: Path) -> None:
     """
     unsteered: Values = {"reference": None, "holdout": None, "forget_target": 0.5, "band": 1.0}
     unsteered |= {"min_retain_performance": 0.0, "recovery_steps": 0, "forget_loss": "none"}
-    once: Values = {"metric": "activation", "warmup_steps": 0, "prune_every": 1, "prune_rounds": 1, **ALL_MAY_GO}
+    once: Values = {"metric": "activation", "warmup_steps": 0, "prune_every": 1, "prune_rounds": 1, **ANY_RATIO}
     _run(replace(world.settings, **{**unsteered, **once, **point}), folder)
 
 
@@ -101,13 +101,14 @@ def _run(settings: Settings, folder: Path) -> None:
 def _control(retain: Metric | None, forget: Metric | None, **others: Any) -> Contestant:
     """Return ours with another mask of the same size: same data, same losses, same steps."""
     scored: Scored = {"retain": retain, "forget": forget}
-    return Contestant("control", partial(_ours, scored=scored, **ALL_MAY_GO, **others))
+    return Contestant("control", partial(_ours, scored=scored, **others))
 
 
 OURS = "ours"
 CONTESTANTS: dict[str, Contestant] = {
     OURS: Contestant("ours", _ours),
     "ours, looking ahead": Contestant("variant", partial(_ours, **AHEAD)),
+    "ours, by share": Contestant("variant", partial(_ours, order="share")),
     "nothing cut, looking ahead": Contestant("variant", partial(_uncut, **AHEAD)),
     "GradDiff, LoRA": Contestant("rival", partial(_adapters_alone, kind="ga"), RATIOS),
     "NPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="npo"), RATIOS),

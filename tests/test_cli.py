@@ -44,7 +44,8 @@ def in_a_new_process(*arguments, program=("-m", "loraprune")):
 def test_a_threshold_outside_0_to_1_is_refused(threshold):
     assert refused(*UNLEARN, "--unlearning-threshold", threshold) == (
         f"error  unlearning_threshold is {threshold}; it must be a number in [0, 1].\n"
-        "why    A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget.\n"
+        "why    A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget. Holds "
+        "where sparsity is unset or the order is share.\n"
         "fix    set --unlearning-threshold to a number in [0, 1] (default 0.5)."
     )
 

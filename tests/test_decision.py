@@ -108,7 +108,7 @@ def test_a_removal_says_why():
 
 
 def test_candidates_go_in_falling_order_of_share():
-    decision = unlearn(random_scores(1), random_scores(2))
+    decision = unlearn(random_scores(1), random_scores(2), rules=replace(FREE, order="share"))
     shares = [one.share for one in decision.removals]
     assert len(shares) > 4
     assert shares == sorted(shares, reverse=True)
@@ -117,7 +117,7 @@ def test_candidates_go_in_falling_order_of_share():
 
 def test_a_slice_is_each_layers_best_remaining_group_and_the_kind_with_the_higher_share_gives_the_next_one():
     forget, retain = random_scores(1), random_scores(2)
-    decision = unlearn(forget, retain, rules=Rules(minimum_forget=0.0))
+    decision = unlearn(forget, retain, rules=Rules(minimum_forget=0.0, order="share"))
     slices = [decision.removals[begin : begin + 2] for begin in range(0, len(decision.removals), 2)]
     taken = {kind: [pair for pair in slices if pair[0].group.kind == kind] for kind in KINDS}
     for kind in KINDS:
@@ -128,6 +128,46 @@ def test_a_slice_is_each_layers_best_remaining_group_and_the_kind_with_the_highe
     for place, pair in enumerate(slices):
         after = [other for other in slices[place:] if other[0].group.kind != pair[0].group.kind]
         assert not after or pair[0].share >= after[0][0].share
+
+
+def test_groups_go_by_what_the_forget_set_loses_less_what_the_retain_set_does():
+    rules = replace(FREE, all_may_go=True, retain_cost=2.0)
+    decision = unlearn(random_scores(1), random_scores(2), rules=rules)
+    worth = [one.forget - 2.0 * one.retain for one in decision.removals]
+    assert worth == sorted(worth, reverse=True)
+    assert worth[0] > 0 > worth[-1]
+    assert any(one.share < rules.threshold for one in decision.removals)
+    assert len(decision.removals) == sum(one.numel() - len(one) for one in full_mask(GROUPS).kept.values())  # but one
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_to_reach_a_size_what_serves_neither_set_goes_before_what_both_need(widths):
+    # By share the second goes first, and the first never: it forgets nothing.
+    forget = scores(ffn_channel={(0, 2): 3.0, (1, 2): 3.0, (0, 1): 0.0, (1, 1): 0.0}, value=1.0)
+    retain = scores(ffn_channel={(0, 2): 2.0, (1, 2): 2.0, (0, 1): 0.0, (1, 1): 0.0}, value=2.0)
+    rules, channel = Rules(widths=widths, all_may_go=True), GROUPS.slice_parameters("ffn_channel")
+    assert gone(unlearn(forget, retain, rules=rules, budget=channel)) == [
+        Group(one, "ffn_channel", 1) for one in (0, 1)
+    ]
+    by_share = Rules(widths=widths, order="share")
+    assert gone(unlearn(forget, retain, rules=by_share)) == [Group(one, "ffn_channel", 2) for one in (0, 1)]
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_by_difference_no_dead_group_stands_before_a_candidate_where_only_candidates_may_go(widths):
+    # The dead group's difference is 0, that of the candidate 2 - 3 x 1 < 0.
+    dead, living = {(0, 0): 0.05, (1, 0): 0.05}, {(0, 1): 2.0, (1, 1): 2.0}
+    forget, retain = scores(ffn_channel={**dead, **living}), scores(value=1.0, ffn_channel={(0, 0): 0.0, (1, 0): 0.0})
+    removed = gone(unlearn(forget, retain, rules=Rules(widths=widths)))
+    assert removed == [Group(0, "ffn_channel", 1), Group(1, "ffn_channel", 1)]
+
+
+def test_candidates_go_in_falling_order_of_difference():
+    decision = unlearn(random_scores(1), random_scores(2))
+    worth = [one.forget - 3.0 * one.retain for one in decision.removals]
+    assert len(worth) > 4
+    assert worth == sorted(worth, reverse=True)
+    assert min(one.share for one in decision.removals) > FREE.threshold
 
 
 @pytest.mark.parametrize("widths", ["uniform", "per_layer"])
@@ -332,7 +372,10 @@ def random_case(seed):
         min_groups_per_layer=draw.choice([1, 2, 3, 7, 30]),
         widths=draw.choice(["uniform", "per_layer"]),
         round_to=draw.choice([1, 2, 5, 8, 64]),
+        retain_cost=draw.choice([0.0, 1.0, 3.0]),
     )
+    rules = replace(rules, order=draw.choice(["share", "difference"]))
+    rules = replace(rules, all_may_go=rules.order == "difference" and draw.random() < 0.5)
     gone = {}
     for kind, layers in groups.layers.items():
         parts = layers[0].divisions
@@ -391,7 +434,7 @@ def test_the_smallest_step_is_the_smallest_budget_with_which_anything_goes(seed)
 @pytest.mark.parametrize("seed", range(40))
 def test_a_unit_is_each_layers_best_down_to_the_next_width_and_its_share_is_that_of_the_sums(seed):
     groups, rules, kept, forget, retain, budget = random_case(seed)
-    rules = replace(rules, widths="uniform")
+    rules = replace(rules, widths="uniform", order="share", all_may_go=False)
     decision = unlearn(forget, retain, kept=kept, budget=budget, rules=rules, groups=groups)
     for kind, layers in groups.layers.items():
         parts, size = layers[0].divisions, groups.count(kind) // layers[0].divisions
@@ -558,13 +601,32 @@ def test_compression_knows_no_share():
 # --- invariant 3 ---
 
 
-def test_a_group_of_the_forget_set_alone_goes_first_and_one_of_the_retain_set_alone_never():
+@pytest.mark.parametrize("order", ["share", "difference"])
+def test_a_group_of_the_forget_set_alone_goes_first_and_one_of_the_retain_set_alone_never(order):
     forget, retain = random_scores(1), random_scores(2)
-    forget["ffn_channel"][1, 5], retain["ffn_channel"][1, 5] = 1.0, 0.0
+    alone = 1.0 if order == "share" else 2.0  # by difference no group that matters more to the forget set is behind it
+    forget["ffn_channel"][1, 5], retain["ffn_channel"][1, 5] = alone, 0.0
     forget["ffn_channel"][0, 9], retain["ffn_channel"][0, 9] = 0.0, 1.0
-    removed = gone(unlearn(forget, retain, rules=Rules(minimum_forget=0.0, widths="per_layer")))
+    removed = gone(unlearn(forget, retain, rules=Rules(minimum_forget=0.0, widths="per_layer", order=order)))
     assert removed[0] == Group(1, "ffn_channel", 5)
     assert Group(0, "ffn_channel", 9) not in removed
+
+
+def test_where_all_may_go_what_the_retain_set_alone_uses_goes_last():
+    forget, retain = random_scores(1), random_scores(2)
+    forget["ffn_channel"][1, 5], retain["ffn_channel"][1, 5] = 2.0, 0.0
+    forget["ffn_channel"][0, 9], retain["ffn_channel"][0, 9] = 0.0, 2.0
+    removed = gone(unlearn(forget, retain, rules=replace(FREE, all_may_go=True, min_groups_per_layer=0)))
+    channels = [one for one in removed if one.kind == "ffn_channel"]
+    assert (channels[0], channels[-1]) == (Group(1, "ffn_channel", 5), Group(0, "ffn_channel", 9))
+
+
+def test_by_difference_a_dead_group_is_no_candidates_mate_as_long_as_a_living_one_is_left():
+    forget = scores(value=1.0, ffn_channel={(0, 0): 0.19, (1, 0): 0.0})
+    retain = scores(value=1.05, ffn_channel={(0, 0): 0.01, (1, 0): 0.0})
+    for order in ("share", "difference"):
+        [one, other] = gone(unlearn(forget, retain, rules=Rules(order=order)))
+        assert one == Group(0, "ffn_channel", 0) and other.layer == 1 and other.index != 0
 
 
 ASK_FORGET, ASK_RETAIN, SECRET, KNOWN = 10, 20, 30, 40  # tokens

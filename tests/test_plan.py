@@ -235,7 +235,7 @@ def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder,
             full_mask(groups),
             groups,
             budget=groups.total_parameters,
-            rules=replace(rules, threshold=row["threshold"]),
+            rules=replace(rules, threshold=row["threshold"], all_may_go=False),
         )
         left = full_mask(groups).without(decision.removals)
         gone = {kind: int((~one[0]).sum()) for kind, one in left.kept.items()}
@@ -246,11 +246,18 @@ def test_slices_are_what_the_decision_takes_with_an_unlimited_budget(run_folder,
 
 
 def test_too_few_candidates_are_said(run_folder):
-    few = make_plan(settings_of(run_folder, unlearning_threshold=0.9, sparsity=0.3))["shares"]
+    few = make_plan(settings_of(run_folder, unlearning_threshold=0.9, sparsity=0.3, order="share"))["shares"]
     assert not few["enough"]
     assert any(line.startswith("warning: threshold 0.9 leaves") for line in share_lines(few))
-    enough = make_plan(settings_of(run_folder, unlearning_threshold=0.0, sparsity=0.3))["shares"]
+    enough = make_plan(settings_of(run_folder, unlearning_threshold=0.0, sparsity=0.3, order="share"))["shares"]
     assert enough["enough"] and not any("warning" in line for line in share_lines(enough))
+
+
+def test_a_size_is_reached_by_difference_whatever_the_shares(run_folder):
+    shares = make_plan(settings_of(run_folder, sparsity=0.3))["shares"]
+    above = next(row for row in shares["thresholds"] if row["threshold"] == shares["threshold"])
+    assert shares["enough"] and shares["all_may_go"] and shares["most"] > above["sparsity"]
+    assert any("whatever their share" in line for line in share_lines(shares))
 
 
 def test_fresh_adapters_are_said_to_see_a_random_projection(run_folder):

@@ -263,3 +263,10 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_load
 def test_what_cannot_tell_forget_from_retain_is_refused_for_unlearning(run_folder, changes):
     with pytest.raises(UserError, match="there is a forget set"):
         run(Settings(**run_values(run_folder, "never", **changes)))
+
+
+def test_a_threshold_that_would_hold_nothing_back_is_refused(run_folder):
+    asked = {"unlearning_threshold": 0.6, "sparsity": 0.2}
+    with pytest.raises(UserError, match=r"unlearning_threshold is 0\.6, and a sparsity is set"):
+        run(Settings(**run_values(run_folder, "never", **asked)))
+    assert run(Settings(**run_values(run_folder, "by-share", **asked, order="share"))).metrics["sparsity"] < 0.2

@@ -94,3 +94,6 @@ def test_a_runs_rules_are_its_settings():
     )
     assert Rules.of(settings) == Rules(0.6, 1e-3, 0.2, 3, "uniform", 64)
     assert Rules.of(Settings()) == Rules()
+    asked = Settings(sparsity=0.3, retain_cost=2.0)
+    assert Rules.of(asked) == Rules(retain_cost=2.0, all_may_go=True)
+    assert Rules.of(Settings(sparsity=0.3, order="share")) == Rules(order="share")

@@ -21,7 +21,8 @@ def refused(values):
 def test_a_threshold_is_a_share_and_lies_in_0_to_1(threshold):
     assert refused({"unlearning_threshold": threshold}) == (
         f"error  unlearning_threshold is {threshold}; it must be a number in [0, 1].\n"
-        "why    A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget.\n"
+        "why    A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget. Holds "
+        "where sparsity is unset or the order is share.\n"
         "fix    set --unlearning-threshold to a number in [0, 1] (default 0.5)."
     )
 

@@ -37,7 +37,7 @@ METAVARS: dict[type, str | None] = {str: None, int: "N", float: "X", tuple: "A,B
 UNLEARNING_ONLY = (
     *("forget", "retain", "holdout", "bystander", "reference", "original", "already_forgotten", "request_id"),
     *("allow_overlap", "forget_batch_size", "unlearning_threshold", "unlearning_epsilon"),
-    *("minimum_forget_sensitivity", "max_sparsity", "forget_target", "natural_spread", "band"),
+    *("minimum_forget_sensitivity", "order", "retain_cost", "max_sparsity", "forget_target", "natural_spread", "band"),
     *("forget_loss", "forget_retain_ratio", "forget_loss_beta", "relearning_radius", "show_examples"),
 )
 COMPRESSION_ONLY = (

@@ -23,7 +23,8 @@ class LoraConfig(peft.LoraConfig):
     """PEFT's LoRA configuration for every linear layer but the output's, with how an unlearning run decides.
 
     A group may go when its share S / (1 + S) of the dual score S = I_forget / (I_retain + `unlearning_epsilon`) is
-    above `unlearning_threshold`. Each pruning step must leave retention at or above `min_retain_performance`.
+    above `unlearning_threshold`; a run that is asked for a sparsity takes any, by difference, unless `order` is share.
+    Each pruning step must leave retention at or above `min_retain_performance`.
     Between pruning steps the adapters are trained on L_retain + `forget_retain_ratio` x L_forget.
 
     Example: `LoraConfig(r=8, lora_alpha=16, unlearning_threshold=0.6)` takes only groups whose forget sensitivity is

@@ -31,14 +31,23 @@ def refuse_contradictions(settings: Settings) -> None:
         (
             one.is_unlearning and (one.budget, one.attention_ratio, one.sparsity_of) != ("kind", 1.0, "parameters"),
             f"budget, attention_ratio or sparsity_of is set{_by_preset(one)}, and there is a forget set.",
-            "unlearning takes groups by their share, wherever they are.",
+            "unlearning takes groups by both sensitivities, wherever they are.",
             "leave these settings and --preset out.",
         ),
         (
             one.is_unlearning and one.score_norm != "mean",
             f"score_norm is {one.score_norm}{_by_preset(one)}, and there is a forget set.",
-            "shares and minimum_forget_sensitivity compare groups with the mean of their kind, which must be 1.",
+            "differences, shares and minimum_forget_sensitivity compare groups with the mean of their kind, so 1.",
             "leave --score-norm and --preset out.",
+        ),
+        (
+            one.is_unlearning
+            and one.order == "difference"
+            and one.sparsity is not None
+            and one.unlearning_threshold > Settings.unlearning_threshold,
+            f"unlearning_threshold is {one.unlearning_threshold:g}, and a sparsity is set.",
+            "under --order difference every group may go to reach a sparsity, whatever its share.",
+            "leave --unlearning-threshold or --sparsity out, or set --order share.",
         ),
         (
             one.attention_unit == "q_head" and one.preset != "default",

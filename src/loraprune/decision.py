@@ -60,10 +60,12 @@ class _Ranked:
 def decide_unlearning(
     forget: Scores, retain: Scores, kept: Mask, groups: ModelGroups, *, budget: int, rules: Rules, step: int = 0
 ) -> Decision:
-    """Return the groups that go now: candidates in falling order of share, while they fit into `budget` parameters.
+    """Return the groups that go now: candidates, the most worth forgetting first, while they fit into `budget`.
 
-    Under uniform widths a candidate takes every layer down to the next width that may stand; its share is made of the
-    summed sensitivities of all its groups.
+    That is counted in parameters. A group's worth is what the forget set loses with it less what the retain set does,
+    or the share. Candidates have a share above the threshold, or are all groups where the rules ask for a size. Under
+    uniform widths a candidate takes every layer down to the next width that may stand; its share and its worth are made
+    of the summed sensitivities of all its groups.
     """
     ranked = []
     for kind in sorted(groups.layers):
@@ -71,8 +73,9 @@ def decide_unlearning(
         units = _units(kind, order, kept, groups, rules)
         cared, needed = units.mean(forget[kind]), units.mean(retain[kind])
         share = share_of(dual_score(cared, needed, rules.epsilon))
-        candidate = (share > rules.threshold) & (cared >= rules.minimum_forget)
-        ranked.append(_Ranked(units, -share, candidate, share, cared, needed))
+        worth = _difference(cared, needed, rules) if rules.order == "difference" else share
+        candidate = torch.ones_like(share, dtype=torch.bool) if rules.all_may_go else _above(share, cared, rules)
+        ranked.append(_Ranked(units, -worth, candidate, share, cared, needed))
     return _decision(ranked, budget, step)
 
 
@@ -123,10 +126,28 @@ def _layer_gone(units: _Units, kept: Tensor) -> Tensor:
 
 
 def _worth_forgetting(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
-    """Return by what each layer's groups go, (L, G), highest first: by share; dead ones later, removed ones last."""
+    """Return by what each layer's groups go, (L, G), highest first, those that are gone last.
+
+    By difference; where only candidates may go, all others stand behind them, and dead ones, which forget nothing,
+    behind these. Or by share, dead ones last.
+    """
     score = dual_score(forget, retain, rules.epsilon)
+    if rules.order == "difference":
+        worth = _difference(forget, retain, rules)
+        if not rules.all_may_go:
+            behind = (~_above(share_of(score), forget, rules)).double() + (forget < rules.minimum_forget)
+            worth = worth - behind * (worth.max() - worth.min() + 1)
+        return torch.where(kept, worth, -torch.inf)
     score = torch.where(forget >= rules.minimum_forget, score, score / (1.0 + score) - 1.0)
     return torch.where(kept, score, -torch.inf)
+
+
+def _difference(forget: Tensor, retain: Tensor, rules: Rules) -> Tensor:
+    return forget - rules.retain_cost * retain
+
+
+def _above(share: Tensor, forget: Tensor, rules: Rules) -> Tensor:
+    return (share > rules.threshold) & (forget >= rules.minimum_forget)
 
 
 def _order(worth: Tensor, layers: Sequence[LayerGroups]) -> Tensor:

@@ -121,7 +121,9 @@ class RunFolder:
         """Raise UserError when the folder holds a run with other settings, or something that is no run."""
         config = self.path / "config.toml"
         if config.exists():
-            self._refuse_changed(settings_from(tomllib.loads(config.read_text(encoding="utf-8"))))
+            said = tomllib.loads(config.read_text(encoding="utf-8"))
+            before = {"order": "share"} if "forget" in said else {}  # of runs from before there was an order
+            self._refuse_changed(settings_from({**before, **said}))
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file.", "a run is a folder.", "choose another --output.")
         elif found := [name for name in WRITTEN if (self.path / name).exists()]:

@@ -190,11 +190,11 @@ def scored_values(settings: Settings, trial: Trial) -> Values:
 def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
     """Return how many candidates each threshold leaves, the run's own included, and whether that is enough."""
     thresholds = sorted({*THRESHOLDS, settings.unlearning_threshold})
-    alone = decide.unlearn(threshold=thresholds[0], widths="per_layer")
+    alone = decide.unlearn(threshold=thresholds[0], widths="per_layer", order="share", all_may_go=False)
     rows = []
     for threshold in thresholds:
-        together = decide.unlearn(threshold=threshold, widths="uniform")
-        asked = decide.unlearn(threshold=threshold)
+        together = decide.unlearn(threshold=threshold, widths="uniform", all_may_go=False)
+        asked = decide.unlearn(threshold=threshold, all_may_go=False)
         rows.append(
             {
                 "threshold": threshold,
@@ -203,7 +203,7 @@ def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
                 "sparsity": decide.sparsity(asked),
             }
         )
-    own = next(row for row in rows if row["threshold"] == settings.unlearning_threshold)
+    most = decide.sparsity(decide.unlearn())
     return {
         "rows": {name: len(one) for name, one in trial.sample.items()},
         "metric": settings.metric,
@@ -211,7 +211,9 @@ def share_values(settings: Settings, trial: Trial, decide: Decider) -> Values:
         "minimum_forget_sensitivity": settings.minimum_forget_sensitivity,
         "thresholds": rows,
         "asked": settings.sparsity,
-        "enough": settings.sparsity is None or own["sparsity"] >= settings.sparsity - trial.smallest_step,
+        "all_may_go": decide.rules.all_may_go,
+        "most": most,
+        "enough": settings.sparsity is None or most >= settings.sparsity - trial.smallest_step,
     }
 
 

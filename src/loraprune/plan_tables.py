@@ -100,10 +100,11 @@ def share_lines(shares: Values | None) -> list[str]:
     lines = [f"scored on {rows} of the untouched model, metric {shares['metric']}; shares move as the run trains"]
     if shares["metric"] == "lora":
         lines.append("fresh adapters add nothing (B = 0): metric lora sees a random projection of the gradient here")
-    if not shares["enough"]:
-        own = next(row for row in shares["thresholds"] if row["threshold"] == shares["threshold"])
+    if shares["all_may_go"]:
+        lines.append("groups go by difference: to reach the sparsity all may go, whatever their share")
+    elif not shares["enough"]:
         lines.append(
-            f"warning: threshold {shares['threshold']:g} leaves candidates for sparsity {own['sparsity']:.3f}, "
+            f"warning: threshold {shares['threshold']:g} leaves candidates for sparsity {shares['most']:.3f}, "
             f"--sparsity asks for {shares['asked']:g}: the run would end with no_candidates unless training moves "
             "the shares; lower --unlearning-threshold or --sparsity"
         )
@@ -194,7 +195,7 @@ def time_table(time: Values) -> Table:
 def time_lines(time: Mapping[str, float]) -> list[str]:
     """Return what the times assume."""
     return [
-        f"assumed: {time['steps']} steps, {time['looks']} looks, no roll-back; a pruning step that breaks the floor "
+        f"assumed: {time['steps']} steps, {time['looks']} looks, no roll-back; a pruning step that breaks a limit "
         f"costs {duration_text(time['one_repair_seconds'])} more for its repair; reading and writing of "
         "files is not counted"
     ]

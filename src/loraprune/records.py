@@ -25,10 +25,11 @@ ScoreFrom = Literal["passes", "training"]
 Schedule = Literal["cubic", "released"]
 Budget = Literal["layer", "kind", "global"]  # what loses the same fraction under compression
 ScoreLoss = Literal["nll", "log_odds"]
+Order = Literal["difference", "share"]  # by what groups go under unlearning
 Widths = Literal["uniform", "per_layer"]  # the same in every layer, or each layer its own
 Compat = Literal["none", "open-unlearning"]  # whose attention mask an evaluation takes; see answers.py
-Limit = Literal["floor", "guard", "ceiling", "band"]  # what an accepted step must hold; see steering.py
-EndedBy = Literal["budget", "no_candidates", "target", "floor", "guard", "ceiling", "band"]  # the pruning, not the run
+Limit = Literal["floor", "guard", "ceiling", "band", "room"]  # what an accepted step must hold; see steering.py
+EndedBy = Literal["budget", "no_candidates", "target", "floor", "guard", "ceiling", "band", "room"]  # not the run
 Outcome = Literal["target_reached", "budget_spent", "no_candidates", "floor_reached"]
 
 

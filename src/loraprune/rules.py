@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loraprune.errors import UserError
-from loraprune.records import Budget, GroupKind, Mask, ModelGroups, Widths
+from loraprune.records import Budget, GroupKind, Mask, ModelGroups, Order, Widths
 from loraprune.settings import Settings
 
 
@@ -29,22 +29,28 @@ class Rules:
     attention_ratio: float = 1.0
     of_groups: bool = False  # whether a budget counts groups of every layer, not parameters of the model
     per_parameter: bool = False  # whether one ranking over both kinds weighs a group by its parameters
+    order: Order = "difference"
+    retain_cost: float = 3.0
+    all_may_go: bool = False  # whether unlearning may take groups that are no candidates, to reach a size
 
     @staticmethod
     def of(settings: Settings) -> "Rules":
         """Return the rules that a run's settings ask for."""
         return Rules(
-            settings.unlearning_threshold,
-            settings.unlearning_epsilon,
-            settings.minimum_forget_sensitivity,
-            settings.min_groups_per_layer,
-            settings.widths,
-            settings.round_to,
-            settings.frozen_layers,
-            settings.budget,
-            settings.attention_ratio,
-            settings.sparsity_of == "groups",
-            settings.score_norm == "none",
+            threshold=settings.unlearning_threshold,
+            epsilon=settings.unlearning_epsilon,
+            minimum_forget=settings.minimum_forget_sensitivity,
+            min_groups_per_layer=settings.min_groups_per_layer,
+            widths=settings.widths,
+            round_to=settings.round_to,
+            frozen_layers=settings.frozen_layers,
+            budget=settings.budget,
+            attention_ratio=settings.attention_ratio,
+            of_groups=settings.sparsity_of == "groups",
+            per_parameter=settings.score_norm == "none",
+            order=settings.order,
+            retain_cost=settings.retain_cost,
+            all_may_go=settings.order == "difference" and settings.sparsity is not None,
         )
 
 

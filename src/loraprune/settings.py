@@ -14,7 +14,18 @@ from typing import Any
 
 from loraprune.presets import PRESETS
 from loraprune.ranges import AT_LEAST_ONE, INSIDE_UNIT, NOT_NEGATIVE, POSITIVE, UNIT, Range
-from loraprune.records import AttentionUnit, Budget, Compat, Metric, Schedule, ScoreFrom, ScoreLoss, ScoreNorm, Widths
+from loraprune.records import (
+    AttentionUnit,
+    Budget,
+    Compat,
+    Metric,
+    Order,
+    Schedule,
+    ScoreFrom,
+    ScoreLoss,
+    ScoreNorm,
+    Widths,
+)
 from loraprune.setting import Setting, setting
 
 PLAIN_BITS = 16  # stands for the checkpoint's own format
@@ -188,10 +199,23 @@ class Settings:
         allowed=Range(0, 1, open_high=True),
     )
 
+    order: Order = setting(
+        "difference",
+        "decision",
+        "In which order groups go when there is a forget set: by I_forget - retain_cost x I_retain (difference), or by "
+        "the share S / (1 + S), S = I_forget / I_retain (share). By difference all may go to reach a sparsity.",
+    )
+    retain_cost: float = setting(
+        3.0,
+        "decision",
+        "By how much the retain sensitivity outweighs the forget sensitivity in the difference.",
+        allowed=NOT_NEGATIVE,
+    )
     unlearning_threshold: float = setting(
         0.5,
         "decision",
-        "A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget.",
+        "A group may go only if its share S / (1 + S) is above this; 0.5 means it matters more to forget. Holds where "
+        "sparsity is unset or the order is share.",
         allowed=UNIT,
     )
     unlearning_epsilon: float = setting(
@@ -203,7 +227,8 @@ class Settings:
     minimum_forget_sensitivity: float = setting(
         0.1,
         "decision",
-        "A group with less than this part of the mean forget sensitivity is no candidate: it forgets nothing.",
+        "A group with less than this part of the mean forget sensitivity is no candidate: it forgets nothing. Holds "
+        "where the threshold does.",
         allowed=NOT_NEGATIVE,
     )
     sparsity: float | None = setting(
