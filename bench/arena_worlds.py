@@ -109,7 +109,7 @@ WORLDS: dict[str, Callable[[int], World]] = {
 }
 WORLD_WORDS = {
     "demo": "44 invented people that a Llama of 1.3 million parameters, made from nothing, knows by heart; 6 to forget",
-    PART: "440 rows of TOFU, learnt by heart from nothing; 80 rows of forget05, of 4 authors, to forget",
+    PART: "240 rows of TOFU, learnt by heart from nothing; 40 rows of forget05, of 2 authors, to forget",
     "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
     "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
     "stories": f"stories260K, its feed-forward part {stories_world.WIDER} times as wide (the new channels silent at "

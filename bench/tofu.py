@@ -58,12 +58,12 @@ class Extent:
 
 
 WHOLE = Extent(forget=None, retain=1000, bystander=200, recipe=RECIPE)
-SMALL = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 4, "head_dim": 20}
+SMALL = {"hidden_size": 128, "intermediate_size": 768, "num_hidden_layers": 3, "head_dim": 16}
 PART = Extent(
-    forget=4 * ROWS_OF_AUTHOR,
-    retain=15 * ROWS_OF_AUTHOR,
-    bystander=3 * ROWS_OF_AUTHOR,
-    recipe=replace(RECIPE, vocabulary=2048, sizes={**RECIPE.sizes, **SMALL}, epochs=24),
+    forget=2 * ROWS_OF_AUTHOR,
+    retain=8 * ROWS_OF_AUTHOR,
+    bystander=2 * ROWS_OF_AUTHOR,
+    recipe=replace(RECIPE, vocabulary=2048, sizes={**RECIPE.sizes, **SMALL}, epochs=50),
 )
 ATTACK_STEPS = 20  # half as many as usual: most comes back early, and every attack trains three models
 SETTINGS: dict[str, Any] = {

@@ -284,6 +284,30 @@ def test_a_step_that_breaks_another_limit_is_undone_like_one_that_breaks_the_flo
     assert live.value.sparsity(live.groups) == 0
 
 
+CAME_IN = Look.from_values({"sparsity": 0.0, "retention": 0.98, "groups": {}, "forget": 0.8})
+
+
+def test_a_cut_that_takes_the_room_of_forgetting_is_undone_without_repair_and_pruning_may_go_on(model_and_mask):
+    model, live = model_and_mask
+    held = {"limits": Limits(forget_high=0.5), "looked": CAME_IN, "numbers": {"forget": lambda: 0.8}}
+    small = lambda: 0.98 if live.value.sparsity(live.groups) < 0.06 else 0.93  # noqa: E731
+    decision, events = step(model, live, retention=small, repair=lambda: pytest.fail("repaired"), **held)
+    assert {one["broken"] for one in events if one["event"] == "roll_back"} == {("room",)}
+    assert 0 < decision.look.sparsity < 0.06
+
+    live.set(full_mask(live.groups))
+    retentions = lambda: 0.93 if live.value.removed_parameters(live.groups) else 0.98  # noqa: E731
+    decision, _ = step(model, live, retention=retentions, **held)
+    assert (decision.removals, decision.ended_by, decision.look.retention) == ((), "room", 0.98)
+
+
+def test_training_that_took_the_room_of_forgetting_is_not_undone(model_and_mask):
+    model, live = model_and_mask
+    held = {"limits": Limits(forget_high=0.5), "looked": CAME_IN, "numbers": {"forget": lambda: 0.8}}
+    _, events = step(model, live, retention=lambda: 0.93, ratio=0.0, **held)
+    assert [one["event"] for one in events] == ["propose", "accept"]
+
+
 def test_where_training_alone_broke_the_floor_it_is_undone_and_pruning_may_go_on(model_and_mask):
     model, live = model_and_mask
     retentions = iter([1.0, 0.5])  # as it came in, and with nothing more to remove

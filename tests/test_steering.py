@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -80,7 +81,7 @@ def test_an_earlier_set_has_its_ceiling_a_band_above_the_reference_else_above_wh
 def test_the_band_can_be_overshot_only_by_what_starts_above_it():
     settings = unlearning(min_retain_performance=0.8)
     target = find_target(settings, BEFORE)
-    assert find_limits(settings, BEFORE, target, ()) == Limits(0.8, None, (), target.low)
+    assert find_limits(settings, BEFORE, target, ()) == Limits(0.8, None, (), target.low, target.high)
     below = {**BEFORE, "forget": measured(0.1)}
     assert find_limits(settings, below, target, ()).min_forget is None
     near_nothing = find_target(unlearning(forget_target=0.01), before_without("reference", "holdout"))
@@ -133,8 +134,8 @@ def test_each_row_has_the_way_left_to_the_goal_of_its_rank():
 def test_the_goals_of_a_batch_have_the_target_as_their_mean(rows):
     performances = torch.linspace(0.41, 0.47, rows)
     for spread in (moved_to(0.4, [0.01, 0.01, 0.02, 0.9]), moved_to(0.4, [0.3, 0.95, 0.97])):
-        ways = steering_to(spread, forget_before=9.0).ways_left(performances)  # so long a way that none is cut off
-        goals = performances - ways * (9.0 - 0.4)
+        steering = steering_to(spread)
+        goals = performances - steering.ways_left(performances) * steering.target.last_way(0.9)  # none is cut off
         assert goals.mean().item() == pytest.approx(0.4, abs=1e-5)
         assert rows < 5 or goals.max() - goals.min() > 0.1
 
@@ -203,6 +204,28 @@ def test_a_model_below_the_band_may_be_written_but_is_further_away():
     assert steering.acceptable(look(forget=0.2)) and steering.distance(look(forget=0.2)) == pytest.approx(0.1)
     assert steering.distance(look(forget=0.7)) == pytest.approx(0.2)
     assert not steering.acceptable(look(retention=0.89))
+
+
+def test_a_cut_leaves_room_for_forgetting_while_p_is_above_the_band():
+    limits = Limits(0.9, min_forget=0.3, forget_high=0.5)
+    above = limits.of_cut(look(retention=0.98, forget=0.51))
+    assert above == replace(limits, room=pytest.approx(0.94))
+    assert (above.broken(look(retention=0.93)), above.broken(look(retention=0.95))) == (("room",), ())
+    assert above.broken(look(retention=0.89)) == ("floor",)
+    for values in ({"retention": 0.89, "forget": 0.51}, {"forget": 0.5}, {"forget": None}):
+        assert limits.of_cut(look(**values)) == limits
+    for name in ("retention", "forget"):
+        assert limits.of_cut(look(**{"forget": 0.51, name: float("nan")})) == limits
+    assert Limits(0.9).of_cut(look(forget=0.9)) == Limits(0.9)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"forget_loss": "none"}, {"forget_retain_ratio": 0.0}, {"min_retain_performance": 0.0}]
+)
+def test_nothing_is_kept_for_forgetting_where_nothing_pushes_or_there_is_no_floor(changes):
+    target = find_target(unlearning(), BEFORE)
+    assert find_limits(unlearning(), BEFORE, target, ()).forget_high == target.high
+    assert find_limits(unlearning(**changes), BEFORE, target, ()).forget_high is None
 
 
 def test_a_look_comes_back_from_its_values():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from loraprune.groups import find_groups
 from loraprune.mask import LiveMask, full_mask
 from loraprune.objectives import answer_log_probabilities, forget_loss, retain_loss, row_sums
 from loraprune.pipeline import run
+from loraprune.pruning import unlearning_prune
+from loraprune.records import Decision, Look
 from loraprune.schedule import cubic
 from loraprune.settings import Settings
 from loraprune.steering import Ceiling, Limits, Probe, Probes, Steering, Target
@@ -107,7 +110,8 @@ def without_a_stop(finished, run_folder):
 
 
 def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
-    values = run_values(run_folder, "halved", min_retain_performance=0.9, seed=2, prune_rounds=6, sparsity=0.3)
+    shaky = {"min_retain_performance": 0.9, "seed": 2, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
+    values = run_values(run_folder, "halved", **shaky)
     rows = events(run(Settings(**values)).folder)
     [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
     tried = {row["step"]: row["removed"] for row in rows if row["event"] == "propose"}  # the last try of each step
@@ -117,6 +121,31 @@ def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_f
         row["sparsity"] for row in rows if row["event"] == "accept" and row["step"] == halved
     )
     assert planned > 2 * later[0] * 96 / 27488  # a channel has 96 parameters: the schedule alone would try more
+
+
+def test_every_cut_is_told_how_the_model_came_in_and_above_what_forgetting_needs_room(run_folder, monkeypatch):
+    told = []
+
+    def prune(*arguments, **others):
+        told.append(others)
+        return unlearning_prune(*arguments, **others)
+
+    monkeypatch.setattr("loraprune.trainer.unlearning_prune", prune)
+    rows = events(run(Settings(**run_values(run_folder, "told", min_retain_performance=0.5))).folder)
+    looks = [row for row in rows if row["event"] == "score"]
+    assert told and len(told) == len(looks)
+    for one, row in zip(told, looks, strict=True):
+        assert (one["looked"].retention, one["looked"].forget) == (row["retention"], row["forget"])
+        assert one["limits"].forget_high == pytest.approx(1e-6)
+
+
+def test_a_run_from_before_there_was_an_order_is_not_gone_on_with_by_difference(run_folder):
+    values = run_values(run_folder, "older")
+    folder = run(Settings(**values)).folder
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace('order = "difference"\n', ""))
+    with pytest.raises(UserError, match="order was share, now difference"):
+        run(Settings(**values))
 
 
 def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):
@@ -376,6 +405,13 @@ def test_the_forget_loss_fades_from_the_untouched_models_performance_to_the_targ
     assert [goal.way_left(one, 0.9) for one in (0.95, 0.9, 0.65, 0.4, 0.1)] == pytest.approx([1, 1, 0.5, 0, -0.6])
 
 
+def test_the_forget_loss_fades_near_a_low_target_only():
+    ways = [target(0.1).way_left(one, 0.9) for one in (0.9, 0.25, 0.175, 0.1, 0.025)]  # from 1.5 targets above it
+    assert ways == pytest.approx([1, 1, 0.5, 0, -0.5])
+    ways = [target(0.002).way_left(one, 0.9) for one in (0.9, 0.062, 0.032, 0.002)]  # two of the narrowest half bands
+    assert ways == pytest.approx([1, 1, 0.5, 0])
+
+
 def test_the_untouched_model_is_the_one_without_adapters_and_mask(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, target(0.0))
     live = trainer.live
@@ -459,10 +495,22 @@ def test_it_is_pushed_down_at_full_weight_at_its_ceiling_also_during_recovery(tm
     assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_step_that_was_undone_halves_the_push(tmp_path, tokenizer):
+def test_the_push_is_as_strong_as_the_state_says(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, target(0.0))
     batch = next(iter(trainer.get_train_dataloader()))
     retain = plain_losses(trainer, batch)[0].item()
     whole = trainer.compute_loss(trainer.adapted, batch).item() - retain
     trainer.run_state.forget_weight = 0.5
     assert trainer.compute_loss(trainer.adapted, batch).item() - retain == pytest.approx(whole / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("retention, weight", [(0.95, 1.0), (0.85, 0.5)])
+def test_a_step_undone_makes_the_push_gentler_only_where_training_broke_the_limit(
+    tmp_path, tokenizer, retention, weight
+):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0))
+    trainer.steering = replace(trainer.steering, limits=Limits(0.9))
+    trainer.undone_by = {"floor"}
+    looked = Look.from_values({"sparsity": 0.0, "retention": retention, "groups": {}, "forget": 0.5})
+    trainer._follow(Decision((), "floor"), looked)
+    assert trainer.run_state.forget_weight == weight

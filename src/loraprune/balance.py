@@ -90,7 +90,7 @@ class Balance:
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch of each set, and the retain batch's logits.
 
-        `forget_weight`, in (0, 1]: how much of the forget loss is left after steps that had to be undone.
+        `forget_weight`, in (0, 1]: what is left of the forget loss after steps undone because training broke a limit.
         """
         loss, logits = torch.zeros(()), torch.zeros(())
         if (batch := inputs.get("retain")) is not None:

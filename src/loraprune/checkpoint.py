@@ -42,7 +42,7 @@ class RunState:
     main_end: int = 0  # the step after which recovery begins
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
-    forget_weight: float = 1.0  # of the forget loss; halved with every step that had to be undone
+    forget_weight: float = 1.0  # of the forget loss; halved where training itself broke a limit
     largest_step: float = 1.0  # of sparsity; a pruning step that had to be halved sets it for those after it
     skipped: int = 0  # training steps left out, for a gradient that was not finite
     breaks: dict[str, int] = field(default_factory=dict)  # how often each limit was found broken

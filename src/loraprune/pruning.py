@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from loraprune.decision import Scores, decide_compression, decide_unlearning
 from loraprune.mask import LiveMask, mask_of
-from loraprune.records import Decision, Look, Mask
+from loraprune.records import Decision, Limit, Look, Mask
 from loraprune.rules import Rules, smallest_share
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits
 
+ROOM: tuple[Limit, ...] = ("room",)
 Rescale = Callable[[Mask], Mask]  # gives the mask of a decision the factors that keep the size of outputs; rescale.py
 Record = Callable[..., None]  # record("propose", look, removed=3): one line of events.jsonl
 
@@ -71,9 +72,9 @@ def local_prune(
     """Mask the groups that go at this step and return them.
 
     `ratio` and `target_ratio`, in [0, 1]: removed / all parameters allowed after this step and at the end. With both
-    sets scored, candidates by dual score go; with the retain set alone, the groups of lowest sensitivity. Early stop:
-    nothing goes once `forget_performance` is at or below `forget_goal`. `rescale` says what survivors are multiplied
-    by.
+    sets scored, groups go by both, as the rules say; with the retain set alone, the groups of lowest sensitivity. Early
+    stop: nothing goes once `forget_performance` is at or below `forget_goal`. `rescale` says what survivors are
+    multiplied by.
     """
     live, rules = mask_of(model), rules or Rules()
     if forget_performance is not None and forget_goal is not None and forget_performance <= forget_goal:
@@ -109,6 +110,7 @@ def unlearning_prune(
     limits: Limits | None = None,
     repair: Callable[[], int] | None = None,
     roll_back: Callable[[], Look] | None = None,
+    looked: Look | None = None,
     forget_performance: float | None = None,
     forget_goal: float | None = None,
     rules: Rules | None = None,
@@ -116,13 +118,15 @@ def unlearning_prune(
     rescale: Rescale | None = None,
     record: Record = _no_record,
 ) -> Decision:
-    """Prune by dual score while the model keeps its limits, retention >= `min_retain_performance` the first of them.
+    """Prune by both scores while the model keeps its limits, retention >= `min_retain_performance` the first of them.
 
-    `look` measures the model as it is; `limits` adds a guard, ceilings and the band's lower end. A step that breaks one
-    gets `repair`, which returns how many training steps it took; still broken, `roll_back` (default: the model as it
-    came in) undoes it and half the step is tried, until the smallest fails: then nothing goes and the decision is ended
-    by the limit's name. `forget_dict` None: plain compression. `ratio`: removed / all parameters allowed afterwards, or
-    of every layer's groups where the rules count these.
+    `look` measures the model as it is; `limits` adds a guard, ceilings and the band's lower end, and room for
+    forgetting where `looked` says how the model came in. A step that breaks one gets `repair`, which returns how many
+    training steps it took; still broken, `roll_back` (default: the model as it came in) undoes it and half the step is
+    tried, until the smallest fails: then nothing goes and the decision is ended by the limit's name. A step that only
+    takes forgetting's room gets no repair, and its decision has a look: pruning may go on later. `forget_dict` None:
+    plain compression. `ratio`: removed / all parameters allowed afterwards, or of every layer's groups where the rules
+    count these. `threshold` holds where the rules do not let all groups go.
     """
     live, rules = mask_of(model), replace(rules or Rules(), threshold=threshold)
     limits = replace(limits or Limits(), min_retain_performance=min_retain_performance)
@@ -133,23 +137,24 @@ def unlearning_prune(
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
         decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, rescale=rescale, **goal)
         found = look()
-        broken = limits.broken(found)
+        held = limits.of_cut(looked) if decision.removals and looked is not None else limits
+        broken = held.broken(found)
         removed, allowed = len(decision.removals), begun + allowance
         record("propose", found, step=step, removed=removed, allowed=allowed, broken=broken)
-        if broken and repair is not None:
+        if broken and broken != ROOM and repair is not None:  # which brings back some of what was forgotten
             steps, found = repair(), look()
-            broken = limits.broken(found)
+            broken = held.broken(found)
             record("recover", found, step=step, steps=steps, broken=broken)
         if not broken:
             record("accept", found, step=step, removed=removed)
             return _ended(decision, found, forget_goal)
-        good = roll_back()
+        good = looked = roll_back()
         record("roll_back", good, step=step, broken=broken, tried=found.sparsity)
         if not removed:
             return _ended(decision, good, forget_goal)  # training alone broke the limit: there is no step to halve
         allowance /= 2
         if allowance < smallest:
-            return Decision((), broken[0])
+            return Decision((), broken[0], good if broken == ROOM else None)  # forgetting may need it no more next time
 
 
 def _ended(decision: Decision, look: Look, forget_goal: float | None) -> Decision:

@@ -149,7 +149,7 @@ def _outcome(values: Values, settings: Settings, target: Target | None, decision
     enough = settings.sparsity is None or reached >= last_sparsity(settings) - decision["smallest_step"]
     arrived = target is None or target.holds(values["forget"]["after"]["performance"])
     held = [values["floor"], *([values["guard"]] if values["guard"] else []), *values["already_forgotten"]]
-    hard = ("floor", "guard", "ceiling")
+    hard = ("floor", "guard", "ceiling", "room")
     held_back = decision["ended_by"] in hard or any(decision["breaks"].get(name) for name in hard)
     if not all(one["held"] for one in held) or not values["floor"]["final_held"]:
         return "floor_reached"  # the final rows, which steered nothing, have the last word

@@ -22,6 +22,7 @@ from loraprune.records import Limit, Look, Mask, ModelGroups
 from loraprune.settings import Settings
 
 LEAST_HALF_BAND = 0.03
+FADE, LEAST_FADE = 1.5, 2 * LEAST_HALF_BAND  # from how far above the target the push fades: in targets, at least
 LEAST_SURE = 1e-4  # P closer to 0 or 1 counts as so far off
 ONE_PLACE = 0.01  # about so far apart P of two rows must be for them to have ranks of their own
 LEAST_ROWS = 20  # of the holdout: fewer say too little of how far apart rows lie
@@ -39,13 +40,20 @@ class Target:
     source: str
 
     def way_left(self, performance: float, before: float) -> float:
-        """Return which part of the way from `before` down to the target is left, in [-1, 1].
+        """Return which part of the last way down to the target is left, in [-1, 1].
 
         0 at the target, below 0 beneath it; where the way would lead up, 1 above the target and 0 beneath.
         """
         if before <= self.performance:
             return float(performance > self.performance)
-        return max(-1.0, min(1.0, (performance - self.performance) / (before - self.performance)))
+        return max(-1.0, min(1.0, (performance - self.performance) / self.last_way(before)))
+
+    def last_way(self, before: float) -> float:
+        """Return how far above the target the push begins to fade: as P before, or less where the target is low.
+
+        Faded from P before on, it would be nothing long before a low target is reached.
+        """
+        return min(max(before, self.high) - self.performance, max(LEAST_FADE, FADE * self.performance))
 
     def holds(self, performance: float) -> bool:
         return self.low <= performance <= self.high
@@ -74,6 +82,8 @@ class Limits:
     max_guard_loss_ratio: float | None = None
     ceilings: tuple[float, ...] = ()
     min_forget: float | None = None  # the band's lower end; None where nothing can be overshot
+    forget_high: float | None = None  # P(forget) above which forgetting needs room; None where it never does
+    room: float | None = None  # lowest retention that a cut may leave, for what is above it is forgetting's
 
     def broken(self, look: Look) -> tuple[Limit, ...]:
         """Return the limits that the model breaks."""
@@ -83,7 +93,20 @@ class Limits:
         held["ceiling"] = all(now <= high for now, high in zip(look.already_forgotten, self.ceilings, strict=True))
         if self.min_forget is not None and look.forget is not None:
             held["band"] = look.forget >= self.min_forget
+        if self.room is not None:
+            held["room"] = look.retention >= self.room or not held["floor"]
         return tuple(name for name, one in held.items() if not one)
+
+    def of_cut(self, look: Look) -> "Limits":
+        """Return the limits of a cut in a model that looks like this.
+
+        While P(forget) is above its band, a cut may take half of the room that is left above the floor: what is
+        forgotten costs retention too, and cuts that took all of it would leave the forget set known.
+        """
+        least = self.min_retain_performance
+        if self.forget_high is None or not ((look.forget or 0.0) > self.forget_high and look.retention > least):
+            return self
+        return dataclasses.replace(self, room=(look.retention + least) / 2)
 
 
 def half_band(value: float, settings: Settings) -> float:
@@ -147,11 +170,13 @@ def find_limits(
 ) -> Limits:
     """Return what every accepted step must hold; where P(forget) starts below the band it cannot be overshot."""
     starts_above = target is not None and 0.0 < target.low <= before["forget"]["performance"]
+    pushed = settings.forget_loss != "none" and settings.forget_retain_ratio > 0 and settings.min_retain_performance > 0
     return Limits(
         settings.min_retain_performance,
         settings.max_guard_loss_ratio if settings.guard is not None else None,
         tuple(one.high for one in ceilings),
         target.low if target is not None and starts_above else None,
+        target.high if target is not None and pushed else None,
     )
 
 
@@ -237,10 +262,10 @@ class Steering:
     def ways_left(self, performances: Tensor) -> Tensor:
         """Return which part of its way down each row of a forget batch has left, (b,), in [-1, 1].
 
-        1 at P before, 0 at the row's goal, below 0 beneath it. With a spread the rows are ranked by P and the goal of a
-        rank is that quantile of the spread; rows that are nearly alike share their ranks, so that no rounding changes
-        them, and the goals of a batch have the target as their mean. Without a spread, or where a P is not finite, all
-        rows have the way that their mean has left to the target.
+        1 `last_way` above the row's goal or further, 0 at it, below 0 beneath. With a spread the rows are ranked by P
+        and the goal of a rank is that quantile of the spread; rows that are nearly alike share their ranks, so that no
+        rounding changes them, and the goals of a batch have the target as their mean. Without a spread, or where a P is
+        not finite, all rows have the way that their mean has left to the target.
         """
         target, before = self.target, self.forget_before
         if target is None or before is None:
@@ -250,8 +275,7 @@ class Steering:
         apart = (performances[:, None] - performances[None, :]).double() / ONE_PLACE
         goals = torch.tensor(self.spread).double().quantile(apart.sigmoid().mean(1).cpu()).to(performances)
         goals += target.performance - goals.mean()
-        whole = max(before, target.high) - target.performance
-        return ((performances - goals) / whole).clamp(-1.0, 1.0)
+        return ((performances - goals) / target.last_way(before)).clamp(-1.0, 1.0)
 
     def acceptable(self, look: Look) -> bool:
         """Say whether a model may be written: every limit holds; outside of the band it is only a worse one."""

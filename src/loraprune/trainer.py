@@ -41,7 +41,7 @@ from loraprune.model import merged, takes_adapters_in
 from loraprune.processes import first_does, sum_gradients, summed
 from loraprune.progress import Advance, show_nothing, stage
 from loraprune.pruning import ModelState, restore_state, take_state, unlearning_prune
-from loraprune.records import DatasetType, Decision, Look, Mask, Sensitivity
+from loraprune.records import DatasetType, Decision, Limit, Look, Mask, Sensitivity
 from loraprune.rescale import rescaled
 from loraprune.rules import Rules
 from loraprune.schedule import learning_rate_factor, planned_sparsity
@@ -84,7 +84,7 @@ class LoRAPruneTrainer(Trainer):
         self.first_step, self.note = self.run_state.step, ""
         self.advance: Advance = show_nothing
         self.repairing = False
-        self.undone = 0  # roll-backs of the pruning step that is being tried
+        self.undone_by: set[Limit] = set()  # what undid the pruning step that is being tried, but for lack of room
         self.clock = monotonic()
         self.balance = Balance(model, settings, sets, live, steering)
         self.step_scores = StepScores(model, live, settings)
@@ -264,7 +264,7 @@ class LoRAPruneTrainer(Trainer):
             return
         if not self.steering.limits.broken(looked):
             self._hold(looked)
-        self._follow(self._step_of(planned, looked))
+        self._follow(self._step_of(planned, looked), looked)
 
     def _step_of(self, planned: float, looked: Look) -> Decision:
         """Take one pruning step, as far as the schedule and the steps before it allow."""
@@ -280,6 +280,7 @@ class LoRAPruneTrainer(Trainer):
             limits=self.steering.limits,
             repair=self._repair if settings.recovery_steps else None,
             roll_back=self._roll_back,
+            looked=looked,
             forget_performance=looked.forget,
             forget_goal=self._early_goal(),
             rules=self.rules,
@@ -292,22 +293,25 @@ class LoRAPruneTrainer(Trainer):
         """Return the mask with factors measured on the retain rows that are scored."""
         return rescaled(self.adapted, self.live, mask, self._sample_of(self.sets.taught))
 
-    def _follow(self, decision: Decision) -> None:
-        """Take over what a pruning step decided; one that had to be undone makes the run gentler."""
-        state, tried_again = self.run_state, self.undone > 0
+    def _follow(self, decision: Decision, looked: Look) -> None:
+        """Take over what a pruning step decided; one that had to be undone makes the run gentler.
+
+        So does forgetting, if the model broke a limit before the cut; else it is the cut that was too much.
+        """
+        state, tried_again = self.run_state, bool(self.undone_by)
         if decision.look is not None:
             gained = decision.look.sparsity - (state.good_look.sparsity if state.good_look else 0.0)
             if tried_again and decision.removals:
                 state.largest_step = gained
             self._hold(decision.look)
-        if tried_again:
+        if tried_again and self.steering.limits.broken(looked):
             state.forget_weight /= 2
         state.removals += decision.removals
         state.ended_by = decision.ended_by
         if decision.look is None or decision.ended_by == "target":
             state.main_end = state.step
             self.advance(0, new_total=state.main_end + self.settings.finish_steps)
-        self.undone = 0
+        self.undone_by = set()
 
     @property
     def rules(self) -> Rules:
@@ -386,7 +390,6 @@ class LoRAPruneTrainer(Trainer):
     def _roll_back(self) -> Look:
         """Go back to the last good point, optimizer included, and return what was seen there."""
         assert self.run_state.good_look is not None  # the first look is taken before the first step
-        self.undone += 1
         self._go_to(self.good)
         return self.run_state.good_look
 
@@ -460,6 +463,8 @@ class LoRAPruneTrainer(Trainer):
 
     def record(self, kind: str, look: Look, **values: Any) -> None:
         """Write one line of events.jsonl; its numbers also go to `report_to` and, in short, to the progress bar."""
+        if kind == "roll_back":
+            self.undone_by |= {*values["broken"]} - {"room"}
         if kind in ("roll_back", "evaluate"):  # a repair that healed a break held nothing back
             for name in values.get("broken", ()):
                 self.run_state.breaks[name] = self.run_state.breaks.get(name, 0) + 1
