@@ -73,7 +73,7 @@ def decide_unlearning(
         units = _units(kind, order, kept, groups, rules)
         cared, needed = units.mean(forget[kind]), units.mean(retain[kind])
         share = share_of(dual_score(cared, needed, rules.epsilon))
-        worth = _difference(cared, needed, rules) if rules.order == "difference" else share
+        worth = _worth(cared, needed, share, rules)
         candidate = torch.ones_like(share, dtype=torch.bool) if rules.all_may_go else _above(share, cared, rules)
         ranked.append(_Ranked(units, -worth, candidate, share, cared, needed))
     return _decision(ranked, budget, step)
@@ -128,22 +128,19 @@ def _layer_gone(units: _Units, kept: Tensor) -> Tensor:
 def _worth_forgetting(forget: Tensor, retain: Tensor, kept: Tensor, rules: Rules) -> Tensor:
     """Return by what each layer's groups go, (L, G), highest first, those that are gone last.
 
-    By difference; where only candidates may go, all others stand behind them, and dead ones, which forget nothing,
-    behind these. Or by share, dead ones last.
+    Where only candidates may go, all others stand behind them, and dead ones, which forget nothing, behind these.
     """
-    score = dual_score(forget, retain, rules.epsilon)
-    if rules.order == "difference":
-        worth = _difference(forget, retain, rules)
-        if not rules.all_may_go:
-            behind = (~_above(share_of(score), forget, rules)).double() + (forget < rules.minimum_forget)
-            worth = worth - behind * (worth.max() - worth.min() + 1)
-        return torch.where(kept, worth, -torch.inf)
-    score = torch.where(forget >= rules.minimum_forget, score, score / (1.0 + score) - 1.0)
-    return torch.where(kept, score, -torch.inf)
+    share = share_of(dual_score(forget, retain, rules.epsilon))
+    worth = _worth(forget, retain, share, rules)
+    if not rules.all_may_go:
+        behind = (~_above(share, forget, rules)).double() + (forget < rules.minimum_forget)
+        worth = worth - behind * (worth.max() - worth.min() + 1)
+    return torch.where(kept, worth, -torch.inf)
 
 
-def _difference(forget: Tensor, retain: Tensor, rules: Rules) -> Tensor:
-    return forget - rules.retain_cost * retain
+def _worth(forget: Tensor, retain: Tensor, share: Tensor, rules: Rules) -> Tensor:
+    """Return what the forget set loses with a group less what the retain set does, or the share, as the rules say."""
+    return forget - rules.retain_cost * retain if rules.order == "difference" else share
 
 
 def _above(share: Tensor, forget: Tensor, rules: Rules) -> Tensor:
