@@ -14,6 +14,7 @@ from loraprune.demo import make_inputs, settings_for
 from loraprune.events import has_look, read_events
 from loraprune.figure import draw_result
 from loraprune.pipeline import run
+from loraprune.words import counted
 
 WORLD, OUTPUT = ROOT / "bench" / "cache" / "demo" / "seed-0", ROOT / "bench" / "cache" / "how-it-works"
 STRICT: dict[str, Any] = {"min_retain_performance": 0.95, "sparsity": 0.35, "recovery_steps": 10}
@@ -54,7 +55,7 @@ def section(metrics: Any, events: list[dict[str, Any]]) -> str:
         [
             markdown_table(header, rows),
             f"The demo's world, seed 0, with {strict}. Target P(forget) {goal['performance']:.3f}, band "
-            f"{goal['low']:.3f} to {goal['high']:.3f}; {len(undone)} roll-backs in all; outcome "
+            f"{goal['low']:.3f} to {goal['high']:.3f}; {counted(len(undone), 'roll-back')} in all; outcome "
             f"`{metrics['outcome']}`; retention {floor['retention']:.3f} on the floor rows and "
             f"{metrics['retention']:.3f} on the final rows. Made by `python bench/how_it_works.py`.",
         ]
