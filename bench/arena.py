@@ -2,25 +2,28 @@
 
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
          point, and are not made again: empty it when the code has changed
-Gives    bench/results/arena.json, docs/arena.png, docs/arena_frontier.png, docs/arena_relearning.png and the section
-         of docs/results.md
+Gives    bench/results/arena.json, where worlds that are not asked for stay as they are; docs/arena.png,
+         docs/arena_frontier.png, docs/arena_relearning.png and the section of docs/results.md
 Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
          for the marks
 Symbols  a cell = one point of one contestant on one seed of one world
 """
 
 import argparse
+import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import psutil
+import torch
 from arena_cells import Cell, Checkpoint, End, fill, made_worlds
 from arena_contestants import CONTESTANTS, QUICK
 from arena_marks import judge
 from arena_page import draw, draw_frontier, draw_relearning, section
-from arena_worlds import CACHE, WORLDS, Values, World
+from arena_worlds import CACHE, ON_GPU, WORLDS, Values, World
 from filelock import FileLock
 from results_page import ROOT, write_results
 
@@ -36,7 +39,8 @@ FIGURES = {"arena": draw, "arena_frontier": draw_frontier, "arena_relearning": d
 def main() -> None:
     """Run what has not been run yet, print the JSON's place and the table, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    here = [name for name in WORLDS if name not in ON_GPU or torch.cuda.is_available()]
+    parser.add_argument("--worlds", nargs="+", default=here, choices=list(WORLDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="the first one chooses the points")
     parser.add_argument("--contestants", nargs="+", default=None, choices=list(CONTESTANTS))
     parser.add_argument("--defaults", action="store_true", help="no grids: each contestant at its default point")
@@ -57,6 +61,7 @@ def main() -> None:
     with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two calls would make the same cell
         made = made_worlds(worlds, seeds, options.jobs)
         values = compete(made, names, options.quick or options.defaults, options.jobs)
+    values = values if options.quick else with_earlier(values)
     text = section(values)
     print(text)
     folder = CACHE / "quick" if options.quick else ROOT / "docs"
@@ -68,6 +73,13 @@ def main() -> None:
         print(f"JSON and figures: {folder}")
     else:
         write_results("arena", values, text)
+
+
+def with_earlier(values: Values) -> Values:
+    """Return these worlds and those that earlier calls left in the results, whose seeds may be others, in order."""
+    path = ROOT / "bench" / "results" / "arena.json"
+    known = {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **values}
+    return {name: known[name] for name in WORLDS if name in known}
 
 
 def compete(worlds: Mapping[str, Mapping[int, World]], names: Sequence[str], defaults: bool, jobs: int) -> Values:
@@ -139,7 +151,15 @@ class Contest:
         }
         ends = {seed: {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
         seeds = [world.seed for world in self.worlds]
-        return {"sparsity": self.worlds[0].sparsity, "seeds": seeds, "ends": ends, "contestants": contestants}
+        first = self.worlds[0]
+        known = {"sparsity": first.sparsity, "seeds": seeds, "machine": machine_of(first)}
+        return {**known, "ends": ends, "contestants": contestants}
+
+
+def machine_of(world: World) -> str:
+    """Return what the world's cells are made on."""
+    cores = f"{psutil.cpu_count()} cores"
+    return f"one {torch.cuda.get_device_name()}, {cores}" if world.settings.device == "cuda" else cores
 
 
 if __name__ == "__main__":

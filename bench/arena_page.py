@@ -13,11 +13,10 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-import psutil
 
 matplotlib.use("agg")
 from arena_contestants import OURS
-from arena_marks import ATTACKS, PREFILL, TAUGHT, WITHHELD, half_width, paired
+from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD, half_width, paired
 from arena_worlds import WORLD_WORDS, Values
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -67,7 +66,9 @@ def section(values: Values) -> str:
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    jobs = max(cell["jobs"] for one in world["contestants"].values() for cell in one["cells"])
+    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls. "
+    asked += f"Made on {world['machine']}, which other work may have shared, at most {jobs} cells at once."
     title = f"**{name}**: {WORLD_WORDS[name]}. {asked}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {
@@ -136,12 +137,10 @@ def _words(values: Values) -> str:
 
 def _cost(cells: Sequence[Values]) -> str:
     """Return what seconds and peak are of."""
-    jobs, before = max(cell["jobs"] for cell in cells), [cell["before_mib"] for cell in cells]
-    others = f"up to {jobs} cells ran at once, so seconds are of busy cores" if jobs > 1 else "one cell ran at a time"
+    before = fmean(cell["before_mib"] for cell in cells)
     return (
-        "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most memory it held, "
-        f"of which {fmean(before):.0f} before anything was made: libraries and rows. The machine has "
-        f"{psutil.cpu_count()} cores, which other work may have shared; {others}. "
+        "Seconds and peak: of making the checkpoint alone, in a process of its own, beside the other cells; peak is "
+        f"the most memory it held, of which {before:.0f} before anything was made: libraries and rows. "
         "Made by `python bench/arena.py`."
     )
 
@@ -162,7 +161,8 @@ MEANINGS = (
     "Worst wording: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a "
     "jailbreak. Gaps: P(forget) in NF4 or int8 minus P in float32. Left: parameters, of the original's. Prefill: the "
     "original's processor seconds over this checkpoint's, in turns in one process of one thread, to read "
-    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow. "
+    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, and "
+    f"{GPU_PREFILL} times as many tokens. "
     "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
     "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
     "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
@@ -179,8 +179,10 @@ MEANINGS = (
 def draw(values: Values, path: Path) -> None:
     """Draw how far P(forget) is from the reference's against retention; the star is where the reference stands."""
 
+    looks = _looks(values)
+
     def world(axes: Axes, one: Values) -> None:
-        _points(axes, one, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
+        _points(axes, one, looks, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
         _star(axes, _kept_by_reference(one, (WITHHELD,)), 0.0)
         axes.set_xlabel("retention on withheld rows")
         axes.set_ylabel("P(forget) - the reference's")
@@ -194,11 +196,15 @@ def draw_frontier(values: Values, path: Path) -> None:
     Dashed: what was asked of ours.
     """
 
+    looks = _looks(values)
+
     def world(axes: Axes, one: Values) -> None:
         names = [name for name in UNTAUGHT if name in next(iter(one["ends"].values()))["original"]["sets"]]
-        _points(
-            axes, one, lambda cell: cell["relearning_gap"], lambda cell: fmean(cell["kept"][name] for name in names)
-        )
+
+        def kept(cell: Values) -> float:
+            return fmean(cell["kept"][name] for name in names)
+
+        _points(axes, one, looks, lambda cell: cell["relearning_gap"], kept)
         _star(axes, 0.0, _kept_by_reference(one, names))
         axes.axvline(AREA_GOAL, color="#999999", linewidth=0.8, linestyle="--")
         axes.axhline(KEPT_GOAL, color="#999999", linewidth=0.8, linestyle="--")
@@ -218,23 +224,25 @@ def _star(axes: Axes, across: float, up: float) -> None:
     axes.plot(across, up, "*", color="#CC0000", markersize=16, label="reference")
 
 
-def _points(axes: Axes, world: Values, across: Column, up: Column) -> None:
+def _points(axes: Axes, world: Values, looks: Mapping[str, Values], across: Column, up: Column) -> None:
     """Draw a point for each contestant's mean and a small one a seed."""
-    for (key, each), look in zip(world["contestants"].items(), _looks(world), strict=True):
+    for key, each in world["contestants"].items():
         found = [[of(cell) for cell in each["cells"]] for of in (across, up)]
-        marker = MARKERS[each["role"]]
-        axes.plot(*found, marker, color=look["color"], markersize=3, alpha=0.6)
-        axes.plot(*([fmean(one)] for one in found), marker, color=look["color"], markersize=8, label=key)
+        marker, colour = MARKERS[each["role"]], looks[key]["color"]
+        axes.plot(*found, marker, color=colour, markersize=3, alpha=0.6)
+        axes.plot(*([fmean(one)] for one in found), marker, color=colour, markersize=8, label=key)
 
 
 def draw_relearning(values: Values, path: Path) -> None:
     """Draw P of the forget facts that relearning does not show, by its steps, as means over seeds."""
 
+    looks = _looks(values)
+
     def world(axes: Axes, one: Values) -> None:
         for role, line in (("original", ":"), ("reference", "-")):
             _curve(axes, [end[role] for end in one["ends"].values()], label=role, color="#CC0000", linestyle=line)
-        for (key, each), look in zip(one["contestants"].items(), _looks(one), strict=True):
-            _curve(axes, [cell["marks"] for cell in each["cells"]], label=key, **look)
+        for key, each in one["contestants"].items():
+            _curve(axes, [cell["marks"] for cell in each["cells"]], label=key, **looks[key])
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlabel("steps of relearning on one half of the forget set")
         axes.set_ylabel("P of the other half")
@@ -248,15 +256,19 @@ def _curve(axes: Axes, marks: Sequence[Values], **look: Any) -> None:
     axes.plot(steps, [fmean(one[step] for one in curves) for step in steps], **look)
 
 
-def _looks(world: Values) -> list[dict[str, Any]]:
-    """Return colour, line and width of each contestant, in their order; ours stands out."""
-    looks, used = [], 0
-    for one in world["contestants"].values():
-        ours = one["role"] == "ours"
-        colour = OURS_COLOUR if ours else COLOURS[used % len(COLOURS)]
-        looks.append({"color": colour, "linestyle": LINES[one["role"]], "linewidth": 2.5 if ours else 1.3})
-        used += not ours
-    return looks
+def _looks(values: Values) -> dict[str, Values]:
+    """Return colour, line and width of each contestant, the same in every world; ours stands out."""
+    roles = {key: one["role"] for world in values.values() for key, one in world["contestants"].items()}
+    others = [key for key, role in roles.items() if role != "ours"]
+    colours = {key: COLOURS[number % len(COLOURS)] for number, key in enumerate(others)}
+    return {
+        key: {
+            "color": colours.get(key, OURS_COLOUR),
+            "linestyle": LINES[role],
+            "linewidth": 2.5 if role == "ours" else 1.3,
+        }
+        for key, role in roles.items()
+    }
 
 
 def _figure(values: Mapping[str, Values], path: Path, world: Callable[[Axes, Values], None]) -> None:
@@ -267,6 +279,7 @@ def _figure(values: Mapping[str, Values], path: Path, world: Callable[[Axes, Val
     for axes, (name, one) in zip(panels[0], values.items(), strict=True):
         world(axes, one)
         axes.set_title(name)
-    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    named = dict(pair for axes in panels[0] for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    panels[0][-1].legend(named.values(), named, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

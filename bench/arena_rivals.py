@@ -65,7 +65,7 @@ def full_npo(world: World, point: Values, folder: Path) -> None:
     settings, forget = world.settings, world.inputs.examples["forget"]
     model, target = load_model(settings.model, settings), _target(world)
     sizes: Values = {"batch_size": settings.evaluate_batch_size, "pad_token_id": pad_token_id(world.inputs.tokenizer)}
-    untouched = answer_values(model, forget, **sizes).log_probability.float()
+    untouched = answer_values(model, forget, **sizes).log_probability.float().to(model.device)
     begun = measure(model, forget, **sizes).performance
 
     def loss(batches: Mapping[str, Batch]) -> Tensor:
@@ -112,7 +112,7 @@ def rmu(world: World, point: Values, folder: Path) -> None:
     for weight in trained:
         weight.requires_grad_(True)
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(settings.seed))
-    steered = point["steering"] * direction / direction.norm()
+    steered = (point["steering"] * direction / direction.norm()).to(model.device)
 
     def loss(batches: Mapping[str, Batch]) -> Tensor:
         kept, pushed = batches["retain"], batches["forget"]
@@ -170,7 +170,7 @@ def _fisher(model: nn.Module, examples: Sequence[Example], pad: int) -> list[Ten
     weights = list(model.parameters())
     total = [torch.zeros_like(one) for one in weights]
     for one in examples:
-        batch = collate([one], pad)
+        batch = on_device(collate([one], pad), weights[0].device)
         gradients = torch.autograd.grad(retain_loss(logits_of(model, batch), batch["labels"]), weights)
         for place, gradient in zip(total, gradients, strict=True):
             place.addcmul_(gradient, gradient, value=1 / len(examples))
@@ -192,9 +192,17 @@ def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, ma
         seed=settings.seed,
         steps=steps,
     )
-    end = len(batches)
+    end, trained = len(batches), list(weights)
     rates = [rate * learning_rate_factor(step, settings.warmup_steps, main, end - main) for step in range(end)]
-    take_steps(weights, lambda step: loss(batches[step]), rates, settings.max_gradient_norm)
+
+    def loss_of(step: int) -> Tensor:
+        return loss({name: on_device(batch, trained[0].device) for name, batch in batches[step].items()})
+
+    take_steps(trained, loss_of, rates, settings.max_gradient_norm)
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {name: one.to(device) for name, one in batch.items()}
 
 
 def _write(model: Any, world: World, folder: Path) -> None:

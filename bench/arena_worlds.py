@@ -84,12 +84,13 @@ def _demo(seed: int) -> World:
     return World("demo", seed, folder, folder / "untouched", folder / "reference", sparsity=ASKED)
 
 
-def _tofu(name: str, seed: int) -> World:
-    """Return forget05, forget10, or PART: as much of forget05 as a small model learns in minutes on two cores."""
+def _tofu(forget: str, size: str, seed: int) -> World:
+    """Return a world of forget05 or forget10: as much of TOFU as its size names."""
+    name = f"{forget}-{size}" if size else forget
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
-    forget, extent = (tofu.FORGET, tofu.PART) if name == PART else (name, tofu.WHOLE)
-    tofu.make_inputs(tofu.find_data(None), seed, forget, sets, extent)
-    return World(name, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=ASKED)
+    tofu.make_inputs(tofu.find_data(None), seed, forget, sets, EXTENTS[size])
+    own = {"device": "cuda"} if size == "large" else {}
+    return World(name, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=ASKED, own=own)
 
 
 def _stories(seed: int) -> World:
@@ -99,19 +100,28 @@ def _stories(seed: int) -> World:
     return World("stories", seed, folder, folder / "untouched", folder / "reference", sparsity=ASKED, own=own)
 
 
-PART = "forget05-part"
+EXTENTS = {"part": tofu.PART, "": tofu.WHOLE, "large": tofu.LARGE}
+ON_GPU = ("forget05-large", "forget10-large")
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
-    PART: partial(_tofu, PART),
-    "forget05": partial(_tofu, "forget05"),
-    "forget10": partial(_tofu, "forget10"),
+    "forget05-part": partial(_tofu, "forget05", "part"),
+    "forget05": partial(_tofu, "forget05", ""),
+    "forget10": partial(_tofu, "forget10", ""),
     "stories": _stories,
+    "forget05-large": partial(_tofu, "forget05", "large"),
+    "forget10-large": partial(_tofu, "forget10", "large"),
 }
+LARGE_WORDS = (
+    "a Llama of 35 million parameters, made from nothing, that knows 3,600 or 3,800 rows of TOFU by heart and read "
+    "TinyStories beside them, of which the guard is held back"
+)
 WORLD_WORDS = {
     "demo": "44 invented people that a Llama of 1.3 million parameters, made from nothing, knows by heart; 6 to forget",
-    PART: "240 rows of TOFU, learnt by heart from nothing; 40 rows of forget05, of 2 authors, to forget",
+    "forget05-part": "240 rows of TOFU, learnt by heart from nothing; 40 rows of forget05, of 2 authors, to forget",
     "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
     "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
+    "forget05-large": f"{LARGE_WORDS}; the 200 of forget05 to forget",
+    "forget10-large": f"{LARGE_WORDS}; the 400 of forget10 to forget",
     "stories": f"stories260K, its feed-forward part {stories_world.WIDER} times as wide (the new channels silent at "
     "first), taught 24 invented people while it goes on telling stories; the guard is TinyStories that this training "
     "did not see; 4 to forget",

@@ -2,14 +2,15 @@
 
 Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
 Gives    bench/results/tofu.json, tofu_evidence.json and their sections of docs/results.md; models stay in bench/cache
-Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10 or a part too), rows of retain90; holdout: other rows
-         that no model saw
+Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10, a part, or all of TOFU too), rows of retain90;
+         holdout: other rows that no model saw; guard of all of TOFU: TinyStories, arXiv 2305.07759
 Symbols  P = performance
 """
 
 import argparse
 import json
 import os
+import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from evidence import evidence, evidence_section
 from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
+from stories260k import stories
 
 from loraprune.data import load_rows
 from loraprune.folder import write_json
@@ -55,6 +57,7 @@ class Extent:
     retain: int
     bystander: int
     recipe: Recipe
+    guard: int = 0  # pieces of TinyStories held back as the guard; the others are learnt beside TOFU. 0: no stories
 
 
 WHOLE = Extent(forget=None, retain=1000, bystander=200, recipe=RECIPE)
@@ -65,6 +68,15 @@ PART = Extent(
     bystander=2 * ROWS_OF_AUTHOR,
     recipe=replace(RECIPE, vocabulary=2048, sizes={**RECIPE.sizes, **SMALL}, epochs=50),
 )
+LARGER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64}
+LARGE = Extent(
+    forget=None,
+    retain=3200,
+    bystander=200,
+    recipe=Recipe(6144, {**RECIPE.sizes, **LARGER}, epochs=15, batch_size=64, learning_rate=6e-4),
+    guard=60,
+)
+PIECE = 60  # words of a story that are learnt as one row, so that a batch is no longer than TOFU's rows make it
 ATTACK_STEPS = 20  # half as many as usual: most comes back early, and every attack trains three models
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.3,
@@ -105,7 +117,7 @@ def find_data(given: Path | None) -> Path:
 def make_inputs(
     data: Path, seed: int, forget: str = FORGET, folder: Path = CACHE, extent: Extent = WHOLE
 ) -> dict[str, float]:
-    """Write the four sets and both models once; return the seconds that each model took."""
+    """Write the sets and both models once; return the seconds that each model took."""
     folder.mkdir(parents=True, exist_ok=True)
     retain, both = lines(data / "retain90.json"), lines(data / "forget10.json")
     asked, kept = set(lines(data / f"{forget}.json")), extent.retain + extent.bystander
@@ -117,16 +129,26 @@ def make_inputs(
         "bystander": retain[extent.retain : kept],
         "holdout": others[: extent.forget],
     }
+    if extent.guard:
+        told = pieces(data.parent)
+        sets |= {"guard": told[: extent.guard], "told": told[extent.guard :]}
     for name, chosen in sets.items():
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
-    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in SETS}
+    rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in sets}
     world = [row for group in rows.values() for row in group]
-    known = [*rows["retain"], *rows["bystander"]]
+    known = [*rows["retain"], *rows["bystander"], *rows.get("told", [])]
     with quiet_libraries():
         return {
             name: timed_model(folder / f"{name}-{seed}", learnt, world, extent.recipe, seed)
             for name, learnt in (("untouched", [*known, *rows["forget"]]), ("reference", known))
         }
+
+
+def pieces(data: Path) -> list[str]:
+    """Return TinyStories as rows of at most PIECE words, in an order that is always the same."""
+    words = [story.split() for story in stories(data)]
+    cut = [" ".join(one[begin : begin + PIECE]) for one in words for begin in range(0, len(one), PIECE)]
+    return [json.dumps({"text": text}) for text in random.Random(0).sample(cut, len(cut))]
 
 
 def with_authors(rows: list[str]) -> list[str]:
