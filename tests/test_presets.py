@@ -265,8 +265,11 @@ def test_what_cannot_tell_forget_from_retain_is_refused_for_unlearning(run_folde
         run(Settings(**run_values(run_folder, "never", **changes)))
 
 
-def test_a_threshold_that_would_hold_nothing_back_is_refused(run_folder):
-    asked = {"unlearning_threshold": 0.6, "sparsity": 0.2}
-    with pytest.raises(UserError, match=r"unlearning_threshold is 0\.6, and a sparsity is set"):
+@pytest.mark.parametrize(("name", "value"), [("unlearning_threshold", 0.6), ("minimum_forget_sensitivity", 0.9)])
+def test_what_would_hold_nothing_back_is_refused(run_folder, name, value):
+    asked = {name: value, "sparsity": 0.2}
+    with pytest.raises(
+        UserError, match=rf"{name} is {value}, and a sparsity is set[\s\S]*leave --{name.replace('_', '-')}"
+    ):
         run(Settings(**run_values(run_folder, "never", **asked)))
-    assert run(Settings(**run_values(run_folder, "by-share", **asked, order="share"))).metrics["sparsity"] < 0.2
+    assert run(Settings(**run_values(run_folder, f"by-share-{name}", **asked, order="share"))).metrics["sparsity"] < 0.2

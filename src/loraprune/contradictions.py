@@ -9,7 +9,10 @@ Symbols  -
 from loraprune.errors import UserError
 from loraprune.records import OF_TRAINING
 from loraprune.schedule import last_sparsity
+from loraprune.setting import flag
 from loraprune.settings import PLAIN_BITS, Settings
+
+OF_CANDIDATES = ("unlearning_threshold", "minimum_forget_sensitivity")  # the higher, the fewer groups may go
 
 
 def _by_preset(settings: Settings) -> str:
@@ -21,6 +24,8 @@ def refuse_contradictions(settings: Settings) -> None:
     one = settings
     steps = one.warmup_steps + one.prune_every * one.prune_rounds
     floors = one.min_retain_performance > 0 or one.guard is not None
+    stricter = [name for name in OF_CANDIDATES if getattr(one, name) > getattr(Settings, name)]
+    strictest = stricter[0] if stricter else OF_CANDIDATES[0]
     for broken, what, why, fix in (
         (
             one.frozen_layers and one.widths == "uniform",
@@ -41,13 +46,10 @@ def refuse_contradictions(settings: Settings) -> None:
             "leave --score-norm and --preset out.",
         ),
         (
-            one.is_unlearning
-            and one.order == "difference"
-            and one.sparsity is not None
-            and one.unlearning_threshold > Settings.unlearning_threshold,
-            f"unlearning_threshold is {one.unlearning_threshold:g}, and a sparsity is set.",
-            "under --order difference every group may go to reach a sparsity, whatever its share.",
-            "leave --unlearning-threshold or --sparsity out, or set --order share.",
+            one.is_unlearning and one.order == "difference" and one.sparsity is not None and stricter,
+            f"{strictest} is {getattr(one, strictest):g}, and a sparsity is set.",
+            "under --order difference every group may go to reach a sparsity, whatever it does for the forget set.",
+            f"leave {flag(strictest)} or --sparsity out, or set --order share.",
         ),
         (
             one.attention_unit == "q_head" and one.preset != "default",
