@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import psutil
 import torch
 from arena_cells import Cell, Checkpoint, End, fill, made_worlds
 from arena_contestants import CONTESTANTS, QUICK
@@ -51,6 +50,9 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of one thread")
     options = parser.parse_args()
+    beyond = [name for name in options.worlds if name not in here]
+    if beyond:
+        parser.error(f"{beyond[0]} is run on a GPU, and torch sees none here")
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
     names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
@@ -151,15 +153,7 @@ class Contest:
         }
         ends = {seed: {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
         seeds = [world.seed for world in self.worlds]
-        first = self.worlds[0]
-        known = {"sparsity": first.sparsity, "seeds": seeds, "machine": machine_of(first)}
-        return {**known, "ends": ends, "contestants": contestants}
-
-
-def machine_of(world: World) -> str:
-    """Return what the world's cells are made on."""
-    cores = f"{psutil.cpu_count()} cores"
-    return f"one {torch.cuda.get_device_name()}, {cores}" if world.settings.device == "cuda" else cores
+        return {"sparsity": self.worlds[0].sparsity, "seeds": seeds, "ends": ends, "contestants": contestants}
 
 
 if __name__ == "__main__":

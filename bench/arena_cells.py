@@ -19,6 +19,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
 
+import psutil
+import torch
 from arena_contestants import CONTESTANTS
 from arena_marks import marks_key, measure_marks
 from arena_worlds import CACHE, WORLDS, Values, World
@@ -56,7 +58,7 @@ class Checkpoint:
 
     @property
     def marks_path(self) -> Path:
-        return self.folder / f"marks-{marks_key()}.json"
+        return self.folder / f"marks-{marks_key(self.world.settings)}.json"
 
     def is_full(self) -> bool:
         return self.marks_path.exists()
@@ -102,7 +104,8 @@ class Cell(Checkpoint):
         return self.made_path.exists() and super().is_full()
 
     def made(self) -> Values:
-        """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once."""
+        """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once; and
+        on what machine."""
         return read(self.made_path)
 
     def make(self, jobs: int) -> None:
@@ -115,7 +118,8 @@ class Cell(Checkpoint):
         before, begun = peak_mib(), monotonic()
         CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
         spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
-        write_json(self.made_path, {"contestant": self.contestant, "point": self.point, **spent})
+        known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
+        write_json(self.made_path, {**known, **spent})
 
 
 def read(path: Path) -> Values:
@@ -123,8 +127,14 @@ def read(path: Path) -> Values:
 
 
 def peak_mib() -> float:
-    """Return this process's peak in MiB."""
+    """Return this process's peak of main memory in MiB."""
     return round(peak_bytes() / MIB, 1)
+
+
+def machine_of(world: World) -> str:
+    """Return what this machine makes the world's cells on."""
+    cores = f"{psutil.cpu_count()} cores"
+    return f"one {torch.cuda.get_device_name()}, {cores}" if world.settings.device == "cuda" else cores
 
 
 # --- making it --------------------------------------------------------------------------------------------------------

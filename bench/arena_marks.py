@@ -44,13 +44,14 @@ ATTACKS: Values = {"attack_samples": 64, "attack_rows": 64}  # with rewording 12
 SAMPLED = ("contains", "rouge_l_recall")  # of the best answer: does it hold the facts, how much of the right one
 REWORDED = ("performance", "extraction_strength")  # under the worst form for each fact
 PREFILL: Values = {"tokens": 2048, "rounds": 31}
-GPU_PREFILL = 16  # times as many tokens, for what reads them is so much wider
+GPU_PREFILL = 16  # times as many tokens on a GPU, which needs as many before matrices outweigh calls
 CONFIDENCE = 0.95
 
 
-def marks_key() -> str:
+def marks_key(settings: Settings) -> str:
     """Return a hash of what decides which marks there are and how they are taken; not of the code."""
     said = [EVALUATION, MEMBERSHIP, FORGOTTEN, RELEARNING, list(QUANTISED), ATTACKS, SAMPLED, REWORDED, PREFILL]
+    said += [GPU_PREFILL] if settings.device == "cuda" else []
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
 
 
@@ -82,9 +83,9 @@ def prefill_gain(model: Any, original: Any) -> float:
 
     The two take turns in one process; median over the rounds' own ratios of processor seconds, which leave out the
     waiting for a core that other work holds: by the clock, a model against itself gave 0.85 to 1.30. On a GPU it is
-    the clock, after everything asked of the GPU is done. The prompt's rows are as long as the model's positions allow,
-    and as many as make PREFILL's tokens: on one short row of a model this small, calls would weigh more than matrices,
-    and a cut would not show.
+    the clock, after everything asked of the GPU is done; other cells on the same card do disturb it. The prompt's rows
+    are as long as the model's positions allow, and as many as make PREFILL's tokens: on one short row of a model this
+    small, calls would weigh more than matrices, and a cut would not show.
     """
     on_gpu = original.device.type == "cuda"
     tokens = PREFILL["tokens"] * (GPU_PREFILL if on_gpu else 1)

@@ -61,15 +61,13 @@ LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
 def section(values: Values) -> str:
     """Return the section of the results page."""
-    return "\n\n".join([*(_world(name, one) for name, one in values.items()), _words(values)])
+    return "\n\n".join([*(_world(name, one) for name, one in values.items()), MEANINGS])
 
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    jobs = max(cell["jobs"] for one in world["contestants"].values() for cell in one["cells"])
-    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls. "
-    asked += f"Made on {world['machine']}, which other work may have shared, at most {jobs} cells at once."
-    title = f"**{name}**: {WORLD_WORDS[name]}. {asked}"
+    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    title = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {
         f"ours ahead, {title}": {key: _ahead(world, key, composite) for key in world["contestants"]}
@@ -123,25 +121,24 @@ def _ahead(world: Values, key: str, name: str) -> str:
     return f"{mean:+.3f}" + ("" if half is None else f" ({mean - half:+.3f} to {mean + half:+.3f})")
 
 
-def _words(values: Values) -> str:
-    """Return what the columns mean, how the contestants came to their points, and what their cost is of."""
-    contestants = [one for world in values.values() for one in world["contestants"].values()]
-    points = (
+def _searched(world: Values) -> str:
+    """Return how the contestants came to their points."""
+    return (
         "Points: of each rival's three the one with the best composite with relearning on the first seed, kept on the "
-        "others; ours and the controls have one, the defaults. "
-        if any(len(one["tried"]) > 1 for one in contestants)
-        else "Points: each contestant's default; the rivals' grids were not searched. "
+        "others; ours and the controls have one, the defaults."
+        if any(len(one["tried"]) > 1 for one in world["contestants"].values())
+        else "Points: each contestant's default; the rivals' grids were not searched."
     )
-    return points + MEANINGS + _cost([cell for one in contestants for cell in one["cells"]])
 
 
-def _cost(cells: Sequence[Values]) -> str:
-    """Return what seconds and peak are of."""
+def _machine(world: Values) -> str:
+    """Return what the cells were made on, and what of their peak is there before anything is made."""
+    cells = [cell for one in world["contestants"].values() for cell in one["cells"]]
+    machines, jobs = sorted({cell["machine"] for cell in cells}), max(cell["jobs"] for cell in cells)
     before = fmean(cell["before_mib"] for cell in cells)
     return (
-        "Seconds and peak: of making the checkpoint alone, in a process of its own, beside the other cells; peak is "
-        f"the most memory it held, of which {before:.0f} before anything was made: libraries and rows. "
-        "Made by `python bench/arena.py`."
+        f"Made on {' and '.join(machines)}, which other work may have shared, at most {jobs} cells at once; "
+        f"libraries and rows take {before:.0f} MiB of the peak."
     )
 
 
@@ -161,8 +158,8 @@ MEANINGS = (
     "Worst wording: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a "
     "jailbreak. Gaps: P(forget) in NF4 or int8 minus P in float32. Left: parameters, of the original's. Prefill: the "
     "original's processor seconds over this checkpoint's, in turns in one process of one thread, to read "
-    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, and "
-    f"{GPU_PREFILL} times as many tokens. "
+    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, beside what "
+    f"other cells ask of it, and {GPU_PREFILL} times as many tokens. "
     "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
     "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
     "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
@@ -170,6 +167,8 @@ MEANINGS = (
     "would lead, which passes the forget rows twice a step. "
     "In the figure of what is kept, the dashed lines are what was asked of ours: "
     f"an area at most {AREA_GOAL:.2f} above the reference's, and {KEPT_GOAL:.2f} kept. "
+    "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most main memory that it "
+    "held, a GPU's own is not counted. Made by `python bench/arena.py`."
 )
 
 
@@ -279,7 +278,10 @@ def _figure(values: Mapping[str, Values], path: Path, world: Callable[[Axes, Val
     for axes, (name, one) in zip(panels[0], values.items(), strict=True):
         world(axes, one)
         axes.set_title(name)
-    named = dict(pair for axes in panels[0] for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    named: dict[str, Any] = {}
+    for axes in panels[0]:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
     panels[0][-1].legend(named.values(), named, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -170,7 +170,7 @@ def _fisher(model: nn.Module, examples: Sequence[Example], pad: int) -> list[Ten
     weights = list(model.parameters())
     total = [torch.zeros_like(one) for one in weights]
     for one in examples:
-        batch = on_device(collate([one], pad), weights[0].device)
+        batch = _on_device(collate([one], pad), weights[0].device)
         gradients = torch.autograd.grad(retain_loss(logits_of(model, batch), batch["labels"]), weights)
         for place, gradient in zip(total, gradients, strict=True):
             place.addcmul_(gradient, gradient, value=1 / len(examples))
@@ -196,12 +196,13 @@ def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, ma
     rates = [rate * learning_rate_factor(step, settings.warmup_steps, main, end - main) for step in range(end)]
 
     def loss_of(step: int) -> Tensor:
-        return loss({name: on_device(batch, trained[0].device) for name, batch in batches[step].items()})
+        return loss({name: _on_device(batch, trained[0].device) for name, batch in batches[step].items()})
 
     take_steps(trained, loss_of, rates, settings.max_gradient_norm)
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def _on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch where the weights are: it is collated in the main memory."""
     return {name: one.to(device) for name, one in batch.items()}
 
 

@@ -1,6 +1,6 @@
 """Worlds of the arena: a model that knows two sets, a reference that never saw the one, and every set in a file.
 
-Reads    nothing; TOFU's files, stories260K and TinyStories, where tofu.py and stories260k.py find them
+Reads    TOFU's files, stories260K and TinyStories, where tofu.py and stories260k.py find them
 Gives    World, WORLDS: what makes a world of a seed; WORLD_WORDS: what each is, in a line
 Source   -
 Symbols  taught, floor and final rows: the retain set, split by the seed as a run splits it
@@ -89,7 +89,7 @@ def _tofu(forget: str, size: str, seed: int) -> World:
     name = f"{forget}-{size}" if size else forget
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
     tofu.make_inputs(tofu.find_data(None), seed, forget, sets, EXTENTS[size])
-    own = {"device": "cuda"} if size == "large" else {}
+    own = {"device": "cuda"} if name in ON_GPU else {}
     return World(name, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=ASKED, own=own)
 
 
@@ -101,7 +101,7 @@ def _stories(seed: int) -> World:
 
 
 EXTENTS = {"part": tofu.PART, "": tofu.WHOLE, "large": tofu.LARGE}
-ON_GPU = ("forget05-large", "forget10-large")
+ON_GPU = ("forget05-large", "forget10-large")  # on two cores a model of this size takes hours
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
     "forget05-part": partial(_tofu, "forget05", "part"),
@@ -112,16 +112,16 @@ WORLDS: dict[str, Callable[[int], World]] = {
     "forget10-large": partial(_tofu, "forget10", "large"),
 }
 LARGE_WORDS = (
-    "a Llama of 35 million parameters, made from nothing, that knows 3,600 or 3,800 rows of TOFU by heart and read "
-    "TinyStories beside them, of which the guard is held back"
+    "a Llama of 35 million parameters, made from nothing, that knows {known} rows of TOFU by heart and read "
+    "TinyStories beside them; the guard is of stories that it did not read; the {forget} of {name} to forget"
 )
 WORLD_WORDS = {
     "demo": "44 invented people that a Llama of 1.3 million parameters, made from nothing, knows by heart; 6 to forget",
     "forget05-part": "240 rows of TOFU, learnt by heart from nothing; 40 rows of forget05, of 2 authors, to forget",
     "forget05": "1,400 rows of TOFU, learnt by heart from nothing; the 200 of forget05 to forget",
     "forget10": "1,600 rows of TOFU, learnt by heart from nothing; the 400 of forget10 to forget",
-    "forget05-large": f"{LARGE_WORDS}; the 200 of forget05 to forget",
-    "forget10-large": f"{LARGE_WORDS}; the 400 of forget10 to forget",
+    "forget05-large": LARGE_WORDS.format(known="3,600", forget=200, name="forget05"),
+    "forget10-large": LARGE_WORDS.format(known="3,800", forget=400, name="forget10"),
     "stories": f"stories260K, its feed-forward part {stories_world.WIDER} times as wide (the new channels silent at "
     "first), taught 24 invented people while it goes on telling stories; the guard is TinyStories that this training "
     "did not see; 4 to forget",

@@ -1,6 +1,7 @@
 """TOFU: a small Llama learns 1,400 rows of TOFU by heart and is made to forget 200 of them.
 
-Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data
+Reads    the folder of TOFU's files: --data, or LORAPRUNE_DATA (its subfolder tofu), or ../shared/data; for all of TOFU
+         TinyStories too, where stories260k.py finds it
 Gives    bench/results/tofu.json, tofu_evidence.json and their sections of docs/results.md; models stay in bench/cache
 Source   TOFU, arXiv 2401.06121; forget05 (for the arena forget10, a part, or all of TOFU too), rows of retain90;
          holdout: other rows that no model saw; guard of all of TOFU: TinyStories, arXiv 2305.07759
@@ -12,12 +13,14 @@ import json
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evidence import evidence, evidence_section
 from results_page import ROOT, RUN_HEADER, markdown_table, run_cells, write_results
+from stories260k import find_data as find_stories
 from stories260k import stories
 
 from loraprune.data import load_rows
@@ -57,7 +60,7 @@ class Extent:
     retain: int
     bystander: int
     recipe: Recipe
-    guard: int = 0  # pieces of TinyStories held back as the guard; the others are learnt beside TOFU. 0: no stories
+    guard: int = 0  # of TinyStories' stories, held back as the guard; the others are learnt beside TOFU. 0: no stories
 
 
 WHOLE = Extent(forget=None, retain=1000, bystander=200, recipe=RECIPE)
@@ -73,10 +76,10 @@ LARGE = Extent(
     forget=None,
     retain=3200,
     bystander=200,
-    recipe=Recipe(6144, {**RECIPE.sizes, **LARGER}, epochs=15, batch_size=64, learning_rate=6e-4),
-    guard=60,
+    recipe=Recipe(vocabulary=6144, sizes={**RECIPE.sizes, **LARGER}, epochs=15, batch_size=64, learning_rate=6e-4),
+    guard=20,
 )
-PIECE = 60  # words of a story that are learnt as one row, so that a batch is no longer than TOFU's rows make it
+PIECE = 60  # words of a story that make a row, so that a batch is no longer than TOFU's rows make it
 ATTACK_STEPS = 20  # half as many as usual: most comes back early, and every attack trains three models
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.3,
@@ -130,8 +133,9 @@ def make_inputs(
         "holdout": others[: extent.forget],
     }
     if extent.guard:
-        told = pieces(data.parent)
-        sets |= {"guard": told[: extent.guard], "told": told[extent.guard :]}
+        texts = stories(find_stories(None))
+        random.Random(seed).shuffle(texts)
+        sets |= {"guard": pieces(texts[: extent.guard]), "told": pieces(texts[extent.guard :])}
     for name, chosen in sets.items():
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
     rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in sets}
@@ -144,11 +148,11 @@ def make_inputs(
         }
 
 
-def pieces(data: Path) -> list[str]:
-    """Return TinyStories as rows of at most PIECE words, in an order that is always the same."""
-    words = [story.split() for story in stories(data)]
-    cut = [" ".join(one[begin : begin + PIECE]) for one in words for begin in range(0, len(one), PIECE)]
-    return [json.dumps({"text": text}) for text in random.Random(0).sample(cut, len(cut))]
+def pieces(texts: Sequence[str]) -> list[str]:
+    """Return stories as rows of PIECE words; what a story leaves at its end stays away."""
+    words = [text.split() for text in texts]
+    cut = [" ".join(one[end - PIECE : end]) for one in words for end in range(PIECE, len(one) + 1, PIECE)]
+    return [json.dumps({"text": text}) for text in cut]
 
 
 def with_authors(rows: list[str]) -> list[str]:

@@ -117,13 +117,17 @@ def uneven(tmp_path_factory, tokenizer):
 # --- invariant 1 ---
 
 
+def nearness(name):
+    """How near logits are to be: Olmo 2's norm sums over all heads, in another order where some are gone."""
+    return 2e-5 if name == "olmo2_heads" else 1e-5
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_saved_checkpoint_gives_the_masked_models_logits_where_only_transformers_is_installed(uneven, name):
     _, made, found, seen = uneven
     expected, said, parameters = made[name]
     assert found[f"{name}.logits"].std() > 0.3
-    # To 1e-5, and to 1e-5 of the logit: other processors add in other orders.
-    assert torch.allclose(found[f"{name}.logits"], expected["logits"], atol=1e-5)
+    assert torch.allclose(found[f"{name}.logits"], expected["logits"], rtol=0, atol=nearness(name))
     assert seen[name][:3] == [said, "torch.float32", parameters]
     assert said.startswith("PerLayer") and seen[name][3].startswith("transformers.models.")
 
@@ -139,7 +143,7 @@ def test_it_writes_what_the_masked_model_writes_with_every_cache(uneven, name):
 def test_saved_once_more_it_loads_again_and_takes_another_attention_implementation(uneven, name):
     folder, made, found, _ = uneven
     there = BATCH["attention_mask"].bool()  # padding beyond a sliding window attends to nothing, and says anything
-    assert torch.allclose(found[f"{name}.again"][there], made[name][0]["logits"][there], atol=1e-5)
+    assert torch.allclose(found[f"{name}.again"][there], made[name][0]["logits"][there], rtol=0, atol=nearness(name))
     assert (folder / "again" / name / CODE_FILE.name).read_bytes() == CODE_FILE.read_bytes()
 
 
@@ -148,7 +152,7 @@ def test_load_pruned_gives_the_same_by_our_own_copy_of_the_code(uneven, name):
     folder, made, _, _ = uneven
     model = loraprune.load_pruned(folder / name)
     assert type(model).__module__ == "loraprune.modeling_per_layer"
-    assert torch.allclose(logits_of(model, BATCH), made[name][0]["logits"], atol=1e-5)
+    assert torch.allclose(logits_of(model, BATCH), made[name][0]["logits"], rtol=0, atol=nearness(name))
     loraprune.load_pruned(folder / "again" / name)
 
 
@@ -233,7 +237,7 @@ def test_heads_that_no_stock_class_takes_go_into_the_per_layer_form_though_layer
     expected = logits_of(model, BATCH)
     live.remove()
     assert export_model(model, tokenizer, groups, mask, tmp_path / "m") == "PerLayerLlamaForCausalLM"
-    assert torch.allclose(logits_of(loraprune.load_pruned(tmp_path / "m"), BATCH), expected, atol=1e-5)
+    assert torch.allclose(logits_of(loraprune.load_pruned(tmp_path / "m"), BATCH), expected, rtol=0, atol=1e-5)
 
 
 def test_a_stock_checkpoint_is_loaded_by_load_pruned_as_well(run_folder):
@@ -283,7 +287,7 @@ def test_a_changed_modelling_file_is_refused_and_never_run(copied, trust):
 def test_a_folder_without_the_modelling_file_loads_all_the_same(copied, uneven):
     (copied / CODE_FILE.name).unlink()
     model = loraprune.load_pruned(copied)
-    assert torch.allclose(logits_of(model, BATCH), uneven[1]["llama_gqa"][0]["logits"], atol=1e-5)
+    assert torch.allclose(logits_of(model, BATCH), uneven[1]["llama_gqa"][0]["logits"], rtol=0, atol=1e-5)
     assert load_tokenizer(str(copied), Settings()).eos_token_id == 2
 
 

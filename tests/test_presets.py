@@ -265,11 +265,26 @@ def test_what_cannot_tell_forget_from_retain_is_refused_for_unlearning(run_folde
         run(Settings(**run_values(run_folder, "never", **changes)))
 
 
-@pytest.mark.parametrize(("name", "value"), [("unlearning_threshold", 0.6), ("minimum_forget_sensitivity", 0.9)])
-def test_what_would_hold_nothing_back_is_refused(run_folder, name, value):
-    asked = {name: value, "sparsity": 0.2}
-    with pytest.raises(
-        UserError, match=rf"{name} is {value}, and a sparsity is set[\s\S]*leave --{name.replace('_', '-')}"
-    ):
-        run(Settings(**run_values(run_folder, "never", **asked)))
-    assert run(Settings(**run_values(run_folder, f"by-share-{name}", **asked, order="share"))).metrics["sparsity"] < 0.2
+@pytest.mark.parametrize(
+    ("stricter", "said", "flags"),
+    [
+        ({"unlearning_threshold": 0.6}, "unlearning_threshold is 0.6, and", "--unlearning-threshold out"),
+        (
+            {"minimum_forget_sensitivity": 0.9},
+            "minimum_forget_sensitivity is 0.9, and",
+            "--minimum-forget-sensitivity out",
+        ),
+        (
+            {"unlearning_threshold": 0.6, "minimum_forget_sensitivity": 0.9},
+            "unlearning_threshold is 0.6 and minimum_forget_sensitivity is 0.9, and",
+            "--unlearning-threshold and --minimum-forget-sensitivity out",
+        ),
+    ],
+)
+def test_what_would_hold_nothing_back_is_refused(run_folder, tmp_path, stricter, said, flags):
+    asked = {**run_values(run_folder, "never"), **stricter, "sparsity": 0.2}
+    with pytest.raises(UserError) as caught:
+        run(Settings(**asked))
+    assert said in str(caught.value) and flags in str(caught.value)
+    by_share = run(Settings(**{**asked, "output": str(tmp_path / "by-share"), "order": "share"}))
+    assert by_share.metrics["sparsity"] < 0.2

@@ -25,7 +25,6 @@ def refuse_contradictions(settings: Settings) -> None:
     steps = one.warmup_steps + one.prune_every * one.prune_rounds
     floors = one.min_retain_performance > 0 or one.guard is not None
     stricter = [name for name in OF_CANDIDATES if getattr(one, name) > getattr(Settings, name)]
-    strictest = stricter[0] if stricter else OF_CANDIDATES[0]
     for broken, what, why, fix in (
         (
             one.frozen_layers and one.widths == "uniform",
@@ -47,9 +46,9 @@ def refuse_contradictions(settings: Settings) -> None:
         ),
         (
             one.is_unlearning and one.order == "difference" and one.sparsity is not None and stricter,
-            f"{strictest} is {getattr(one, strictest):g}, and a sparsity is set.",
-            "under --order difference every group may go to reach a sparsity, whatever it does for the forget set.",
-            f"leave {flag(strictest)} or --sparsity out, or set --order share.",
+            " and ".join(f"{name} is {getattr(one, name):g}" for name in stricter) + ", and a sparsity is set.",
+            "under --order difference every group may go to reach a sparsity, whatever its share and sensitivity.",
+            f"leave {' and '.join(map(flag, stricter))} out, or --sparsity, or set --order share.",
         ),
         (
             one.attention_unit == "q_head" and one.preset != "default",
