@@ -189,8 +189,17 @@ def test_a_run_steers_by_its_holdouts_spread(run_folder, tmp_path, monkeypatch, 
     assert len(before) == rows
     assert steering.spread == (moved_to(steering.target.performance, before) if spread else ())
     assert report.metrics["natural_spread"] is spread
-    said = "steered as far apart as the holdout's 24 rows" if spread else "steered by their mean"
-    assert said in console.export_text()
+    said, text = (
+        "steered as far apart as the holdout's 24 rows" if spread else "steered by their mean",
+        console.export_text(),
+    )
+    assert said in text and f"fact{pipeline.say_few(1)}" in text  # of 6 retain rows one is a floor row
+
+
+@pytest.mark.parametrize(("facts", "said"), [(1, "one fact alone"), (2, "few facts"), (14, "few facts"), (15, "")])
+def test_a_floor_of_few_facts_says_so(facts, said):
+    text = pipeline.say_few(facts)
+    assert said in text and bool(text) is bool(said)
 
 
 def look(**values):
