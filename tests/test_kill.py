@@ -10,6 +10,8 @@ import pytest
 from conftest import run_values
 
 from loraprune.folder import LOCK, OWNER
+from loraprune.pipeline import run
+from loraprune.settings import Settings
 
 SCRIPT = Path(__file__).with_name("killed_often.py")
 # One thread, none of pyarrow's allocator and none of a GPU's driver: the script forks.
@@ -76,3 +78,13 @@ def test_the_kills_met_the_run_at_different_stages_and_some_lives_went_on_from_a
     assert len({one["stage"] for one in found["kills"]}) >= 2
     assert len({len(one["events"]) for one in found["kills"]}) >= 5
     assert any(one["step"] > 0 for one in found["kills"])
+
+
+def test_a_run_killed_between_its_stop_and_its_metrics_tells_the_stop_once(run_folder, tmp_path):
+    settings = Settings(**run_values(run_folder, str(tmp_path / "out")))
+    first = run(settings)
+    for name in ("metrics.json", "report.html"):
+        (first.folder / name).unlink()
+    assert run(settings).metrics["outcome"] == first.metrics["outcome"]
+    lines = (first.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines].count("stop") == 1

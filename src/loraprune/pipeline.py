@@ -509,7 +509,8 @@ def _write_evidence(
     write_text(folder.path / "model" / "README.md", model_card(as_values(folder.settings), metrics))
     decision = folder.read("decision.json")
     ends = {"outcome": metrics["outcome"], "ended_by": decision["ended_by"], "form": metrics["model"]["form"]}
-    folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))
+    if all(one["event"] != "stop" for one in folder.events()):  # told already where a kill came before what follows
+        folder.event("stop", step=decision["steps"], **ends, **last_look(metrics, decision["kept_by_layer"]))
     write_json(folder.path / "metrics.json", metrics)
 
 
