@@ -24,7 +24,7 @@ from arena_marks import judge
 from arena_page import draw, draw_frontier, draw_relearning, section
 from arena_worlds import CACHE, ON_GPU, WORLDS, Values, World
 from filelock import FileLock
-from results_page import ROOT, write_results
+from results_page import ROOT, results_path, write_results
 
 from loraprune.attacked import Role
 from loraprune.folder import write_json
@@ -79,7 +79,7 @@ def main() -> None:
 
 def with_earlier(values: Values) -> Values:
     """Return these worlds and those that earlier calls left in the results, whose seeds may be others, in order."""
-    path = ROOT / "bench" / "results" / "arena.json"
+    path = results_path("arena")
     known = {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **values}
     return {name: known[name] for name in WORLDS if name in known}
 

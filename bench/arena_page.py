@@ -22,6 +22,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from results_page import markdown_table
 
+from loraprune.words import counted
+
 SAMPLES, ASKED = ATTACKS["attack_samples"], ATTACKS["attack_rows"]
 COMPOSITES = {"composite": "composite", "composite_relearning": "with relearning"}
 Column = Callable[[Values], float]  # a cell's number; NaN: its world has none
@@ -66,7 +68,7 @@ def section(values: Values) -> str:
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    asked = f"{seeds} seed(s); {size:.0%} of all parameters are asked of ours and of the controls."
+    asked = f"{counted(seeds, 'seed')}; {size:.0%} of all parameters are asked of ours and of the controls."
     title = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {
@@ -137,7 +139,7 @@ def _machine(world: Values) -> str:
     machines, jobs = sorted({cell["machine"] for cell in cells}), max(cell["jobs"] for cell in cells)
     before = fmean(cell["before_mib"] for cell in cells)
     return (
-        f"Made on {' and '.join(machines)}, which other work may have shared, at most {jobs} cells at once; "
+        f"Made on {' and '.join(machines)}, which other work may have shared, at most {counted(jobs, 'cell')} at once; "
         f"libraries and rows take {before:.0f} MiB of the peak."
     )
 

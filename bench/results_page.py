@@ -18,10 +18,15 @@ PAGE = ROOT / "docs" / "results.md"
 
 def write_results(name: str, values: Any, section: str, mark: str = "") -> None:
     """Write a bench's JSON and put its section, made of these very numbers, into the page; `mark`: by default, name."""
-    path = ROOT / "bench" / "results" / f"{name}.json"
+    path = results_path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     put_section(PAGE, mark or name, section)
+
+
+def results_path(name: str) -> Path:
+    """Return the file of a bench's numbers."""
+    return ROOT / "bench" / "results" / f"{name}.json"
 
 
 def put_section(path: Path, mark: str, section: str) -> None:

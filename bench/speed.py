@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from results_page import ROOT, markdown_table, write_results
+from results_page import markdown_table, results_path, write_results
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -196,8 +196,7 @@ def measure_steps(name: str, sizes: Sizes) -> Values:
 
 def run_shares() -> dict[str, float]:
     """Return what scoring passes added to the demo's whole runs, by seed."""
-    path = ROOT / "bench" / "results" / "demo.json"
-    runs = json.loads(path.read_text(encoding="utf-8"))
+    runs = json.loads(results_path("demo").read_text(encoding="utf-8"))
     seconds = {seed: one["seconds"] for seed, one in runs.items()}
     return {seed: one["score"] / (one["total"] - one["score"]) for seed, one in seconds.items()}
 

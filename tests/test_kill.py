@@ -16,8 +16,10 @@ from loraprune.settings import Settings
 SCRIPT = Path(__file__).with_name("killed_often.py")
 # One thread, none of pyarrow's allocator and none of a GPU's driver: the script forks.
 ALONE = {
-    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    **{"JE_ARROW_MALLOC_CONF": "background_thread:false", "CUDA_VISIBLE_DEVICES": ""},
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 OF_THIS_START = {"config.toml", "events.jsonl", "metrics.json", "report.html"}  # they hold the output's name or seconds
 KILLS = 20
