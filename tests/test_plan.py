@@ -324,8 +324,12 @@ def test_a_biased_llama_says_which_head_counts_it_never_has(run_folder, tokenize
 
 @pytest.fixture
 def trial(run_folder, tmp_path):
-    settings = settings_of(run_folder, forget_batch_size=4, retain_batch_size=5, evaluate_batch_size=5)
-    return Trial(settings, prepare(settings), tmp_path)
+    return trial_of(run_folder, tmp_path, relearning_radius=0.0)
+
+
+def trial_of(run_folder, folder, **changes):
+    settings = settings_of(run_folder, forget_batch_size=4, retain_batch_size=5, evaluate_batch_size=5, **changes)
+    return Trial(settings, prepare(settings), folder)
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "look", "score", "train"])
@@ -353,6 +357,15 @@ def test_the_heaviest_step_is_the_one_with_most_tokens(trial):
     step = trial.trial_passes()["train"]
     assert sum(len(rows) * step.widths[name] for name, rows in step.heaviest.items()) == max(tokens)
     assert len(tokens) == trial.trainer.args.max_steps
+
+
+def test_a_step_that_looks_ahead_passes_half_of_the_forget_rows_at_a_time(run_folder, tmp_path):
+    one = trial_of(run_folder, tmp_path, relearning_radius=3.0).trial_passes()["train"]
+    [(name, rows)] = one.heaviest.items()
+    assert (name, len(rows)) == ("retain", 5)
+    few = settings_of(run_folder, forget_batch_size=4, retain_batch_size=1, evaluate_batch_size=5)
+    [(name, rows)] = Trial(few, prepare(few), tmp_path).trial_passes()["train"].heaviest.items()
+    assert (name, len(rows)) == ("forget", 2)
 
 
 def scored_in_training(folder, **changes):

@@ -58,27 +58,73 @@ def gradient_of(trainer, batch):
     return [one.grad.clone() for one in trained(trainer.adapted)]
 
 
+def halves_of(batch):
+    middle = (len(batch["rows"]) + 1) // 2
+    return [{name: one[part] for name, one in batch.items()} for part in (slice(middle), slice(middle, None))]
+
+
 @pytest.mark.parametrize("kind", ["npo", "simnpo", "ga"])
-def test_a_step_pushes_where_relearning_leads_as_hard_as_what_is_known_here_asks(tmp_path, tokenizer, kind):
+def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_what_is_known_here_asks(
+    tmp_path, tokenizer, kind
+):
     trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, relearning_radius=3.0)
     batch = next(iter(trainer.get_train_dataloader()))
     before = [one.detach().clone() for one in trained(trainer.adapted)]
     found = gradient_of(trainer, batch)
     assert all(torch.equal(one, old) for one, old in zip(trained(trainer.adapted), before, strict=True))
 
-    retain = -(log_probability(trainer, batch["retain"])[0].sum() / log_probability(trainer, batch["retain"])[1].sum())
-    kept = torch.autograd.grad(retain, trained(trainer.adapted))
+    expected = kept_gradient(trainer, batch)
     rows, tokens = log_probability(trainer, batch["forget"])
-    towards = torch.autograd.grad((rows / tokens).sum(), trained(trainer.adapted))
     way = trainer.steering.target.way_left((rows / tokens).exp().mean().item(), 0.002)
     assert 0 < way <= 1
-    with torch.no_grad():  # 3 learning rates of 0.01
-        for one, gradient in zip(trained(trainer.adapted), towards, strict=True):
-            one.add_(0.03 * gradient.sign())
-    there, _ = log_probability(trainer, batch["forget"])
-    assert (there / tokens).sum() > (rows / tokens).sum()  # it is likelier there
-    push = forget_loss(kind, there, tokens, untouched_rows(batch["forget"]), 0.1)
-    pushed = torch.autograd.grad(trainer.settings.forget_retain_ratio * way * push, trained(trainer.adapted))
+    halves = halves_of(batch["forget"])
+    for half, other in (halves, reversed(halves)):
+        towards = towards_relearning(trainer, other)
+        here, _ = log_probability(trainer, other)
+        with torch.no_grad():  # 3 learning rates of 0.01
+            for one, gradient in zip(trained(trainer.adapted), towards, strict=True):
+                one.add_(0.03 * gradient.sign())
+        there, _ = log_probability(trainer, other)
+        assert there.sum() > here.sum()  # the other half is likelier there
+        there, own = log_probability(trainer, half)
+        push = forget_loss(kind, there, own, untouched_rows(half), 0.1)
+        counts = own.sum() / tokens.sum() if kind == "npo" else len(own) / len(tokens)  # npo is a mean over tokens
+        pushed = torch.autograd.grad(
+            trainer.settings.forget_retain_ratio * way * counts * push, trained(trainer.adapted)
+        )
+        expected = [a + b for a, b in zip(expected, pushed, strict=True)]
+        with torch.no_grad():
+            for one, old in zip(trained(trainer.adapted), before, strict=True):
+                one.copy_(old)
+    for one, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, gradient, rtol=1e-4, atol=1e-6)
+
+
+def kept_gradient(trainer, batch):
+    rows, tokens = log_probability(trainer, batch["retain"])
+    return list(torch.autograd.grad(-rows.sum() / tokens.sum(), trained(trainer.adapted)))
+
+
+def towards_relearning(trainer, batch):
+    rows, tokens = log_probability(trainer, batch)
+    return torch.autograd.grad((rows / tokens).sum(), trained(trainer.adapted))
+
+
+def test_a_row_alone_in_its_batch_is_pushed_where_relearning_itself_leads(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    single = {name: one[:1] for name, one in batch["forget"].items()}
+    found = gradient_of(trainer, {"retain": batch["retain"], "forget": single})
+    kept = kept_gradient(trainer, batch)
+    rows, tokens = log_probability(trainer, single)
+    way = trainer.steering.target.way_left((rows / tokens).exp().mean().item(), 0.002)
+    with moved(trainer.adapted, towards_relearning(trainer, single), 0.03):
+        there, _ = log_probability(trainer, single)
+        push = (
+            trainer.settings.forget_retain_ratio * way * forget_loss("npo", there, tokens, untouched_rows(single), 0.1)
+        )
+        pushed = torch.autograd.grad(push, trained(trainer.adapted))
+    assert any(gradient.abs().sum() > 0 for gradient in pushed)
     for one, a, b in zip(found, kept, pushed, strict=True):
         torch.testing.assert_close(one, a + b, rtol=1e-4, atol=1e-6)
 

@@ -61,10 +61,10 @@ class Balance:
     """The loss of a step: retain + ratio x forget, the forget part fading as P of a row nears its goal.
 
     What is below its goal is pulled up to it: that less was known shows an observer what was removed. With
-    `relearning_radius` the forget loss is taken not where the adapters are but where relearning would bring them, so
-    that what is forgotten there as well is not soon at hand again; how hard it pushes is decided by P of the adapters
-    as they are. Sets of earlier requests are pushed down as soon as they rise above where they rest, also while the
-    forget set itself is left alone.
+    `relearning_radius` the forget loss of each half of a batch is taken not where the adapters are but where relearning
+    the other half would bring them, so that what is forgotten does not come back with what is learnt beside it; how
+    hard it pushes is decided by P of the adapters as they are. Sets of earlier requests are pushed down as soon as
+    they rise above where they rest, also while the forget set itself is left alone.
     """
 
     def __init__(
@@ -141,18 +141,28 @@ class Balance:
     def _withstood_parts(
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
-        """Yield the parts of the loss at the adapters moved to where the answers are likelier; they are moved back."""
-        parts, performances = split_batch(batch, size), []
+        """Yield the parts of the loss, each half of the batch where relearning the other half leads the adapters.
 
-        def likely(part: Mapping[str, Tensor], counts: float) -> Tensor:
+        They are moved back after each half. A row that is alone in its batch stands for both halves.
+        """
+        halves = [split_batch(half, size) for half in halves_of(batch)]
+        performances: list[list[Tensor]] = [[] for _ in halves]
+
+        def likely(into: list[Tensor], part: Mapping[str, Tensor], counts: float) -> Tensor:
             rows, performance, tokens = self._rows_of(model, part)
-            performances.append(performance.cpu())
+            into.append(performance.cpu())
             return counts * (rows / tokens).sum()
 
-        gradients = gradients_of(model, [partial(likely, *one) for one in dealt(parts)])
-        performance = torch.cat(collected(performances, len(parts)))
-        with moved(model, gradients, self.radius):
-            yield from self._weighted_parts(model, batch, parts, untouched, weigh(batch["rows"], performance))
+        gradients = [
+            gradients_of(model, [partial(likely, into, *one) for one in dealt(parts)])
+            for into, parts in zip(performances, halves, strict=True)
+        ]
+        read = [collected(into, len(parts)) for into, parts in zip(performances, halves, strict=True)]
+        weights = weigh(batch["rows"], torch.cat(joined(read)))
+        own = weights.split([sum(len(part["rows"]) for part in parts) for parts in halves])
+        for parts, weights_of_half, others in zip(halves, own, reversed(gradients), strict=True):
+            with moved(model, others, self.radius):
+                yield from self._weighted_parts(model, batch, parts, untouched, weights_of_half)
 
     def _weighted_parts(
         self,
@@ -224,6 +234,13 @@ class Part:
 def answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Return how many tokens of each row are answers, (b,)."""
     return (batch["labels"][:, 1:] != IGNORED).sum(1)
+
+
+def halves_of(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the first and the second half of a batch's rows; a single row is not divided."""
+    rows, middle = len(batch["rows"]), -(-len(batch["rows"]) // 2)
+    parts = [slice(middle), slice(middle, rows)] if rows > 1 else [slice(rows)]
+    return [{name: one[part] for name, one in batch.items()} for part in parts]
 
 
 def split_batch(batch: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:

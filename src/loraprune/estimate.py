@@ -28,7 +28,7 @@ from loraprune.trainer import LoRAPruneTrainer
 TRIAL_BYTES = 2**30  # what a pass may take that is run to measure time and what the allocator adds
 MOMENTS = 2  # of AdamW, each of the adapters' size
 POINT = 1 + MOMENTS  # what a point to roll back to holds, in sizes of the adapters
-AHEAD = 2  # of the adapters' size too: where they are while the forget loss looks ahead, and what moved them
+AHEAD = 3  # of the adapters' size too, where the forget loss looks ahead: where they are, what moves them for each half
 
 Sets = Mapping[str, Sequence[Example]]
 
@@ -177,7 +177,7 @@ class Passes:
         step = {name: self._heaviest_step[name] for name in self.taken_back}
         most = self._rows_of_pass
         if most is not None:
-            name = max(step, key=lambda one: step[one]["input_ids"][:most].numel())
+            name = max(step, key=lambda one: step[one]["input_ids"][: most[one]].numel())
             step = {name: step[name]}
 
         def run(chosen: Rows) -> None:
@@ -187,7 +187,7 @@ class Passes:
             self._forget_gradients()
 
         order = {
-            name: batch["attention_mask"].sum(1).argsort(descending=True).tolist()[:most]
+            name: batch["attention_mask"].sum(1).argsort(descending=True).tolist()[: most[name] if most else None]
             for name, batch in step.items()
         }
         labels = {name: (batch["labels"] != IGNORED).sum(1).tolist() for name, batch in step.items()}
@@ -227,8 +227,8 @@ class Passes:
             return [sum(tokens[name] for name in names)]
         passes: list[float] = []
         for name in names:
-            parts = ceil(self.batch_rows[name] / most)
-            part, ahead = tokens[name] / parts, name == "forget" and self.looks_ahead
+            parts = sum(ceil(rows / most[name]) for rows in self._passed_together(name))
+            part, ahead = tokens[name] / parts, self._ahead(name)
             passes += [part * (1.0 if name == "retain" or ahead else 4 / 3)] * parts * (2 if ahead else 1)
         return passes
 
@@ -245,15 +245,25 @@ class Passes:
     @property
     def looks_ahead(self) -> bool:
         """Say whether the forget loss is taken from moved adapters."""
-        return "forget" in self._heaviest_step and self.trainer.balance.looks_ahead(forgetting=True)
+        return self._ahead("forget")
+
+    def _ahead(self, name: str) -> bool:
+        if name != "forget" or name not in self._heaviest_step:
+            return False
+        return self.trainer.balance.looks_ahead(forgetting=True)
+
+    def _passed_together(self, name: str) -> list[int]:
+        """Return the rows of a set that may share a pass: of a forget loss that looks ahead those of half a batch."""
+        rows = self.batch_rows[name]
+        return [-(-rows // 2), rows // 2] if self._ahead(name) else [rows]
 
     @property
-    def _rows_of_pass(self) -> int | None:
-        """Return the most rows of a pass of one set; None where the whole step is one pass, as the trainer decides."""
+    def _rows_of_pass(self) -> dict[str, int] | None:
+        """Return the most rows of a pass of each set; None where the whole step is one pass, as the trainer decides."""
         most, largest = self.settings.micro_batch_size, max(self.batch_rows.values())
-        if most is None or most >= largest:
-            return largest if self.looks_ahead else None
-        return most
+        if not self.looks_ahead and (most is None or most >= largest):
+            return None
+        return {name: min(most or largest, self._passed_together(name)[0]) for name in self.batch_rows}
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self.trainer.args.device) for name, one in batch.items()}
