@@ -56,7 +56,8 @@ def test_forget_and_retain_say_the_same_in_other_words(small_world, tmp_path, ca
     values = world_values(small_world, tmp_path / "out", **files, reference=None)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if name != "model"]
     assert cli.main(["unlearn", values["model"], *flags]) == 3
-    assert "floor_reached" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "floor_reached" in said and "--relearning-radius 0 leaves it to forgetting" in " ".join(said.split())
     assert_missed_at_the_floor(run(Settings(**values)))
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "floor_reached" in card

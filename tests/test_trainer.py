@@ -111,7 +111,7 @@ def without_a_stop(finished, run_folder):
 
 def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
     shaky = {"min_retain_performance": 0.9, "seed": 2, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
-    values = run_values(run_folder, "halved", **shaky)
+    values = run_values(run_folder, "halved", relearning_radius=0.0, **shaky)
     rows = events(run(Settings(**values)).folder)
     [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
     tried = {row["step"]: row["removed"] for row in rows if row["event"] == "propose"}  # the last try of each step

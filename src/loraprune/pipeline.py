@@ -72,7 +72,7 @@ from loraprune.steering import (
     scale_original,
 )
 from loraprune.trainer import LoRAPruneTrainer
-from loraprune.words import FORMS, counted
+from loraprune.words import FORMS, counted, position
 
 Values = dict[str, Any]
 LEAST_GUARD_LOSS = 0.01  # nats; a text known by heart is no measure of language ability
@@ -102,8 +102,7 @@ def run(settings: Settings, console: Console | None = None) -> RunReport:
                     metrics = _run_stages(folder, inputs.settings, inputs, console)
             first_does(lambda: _tidy(folder))
         console.print(result_table(metrics))
-        if settings.is_unlearning and metrics["sparsity"] == 0:
-            console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
+        _say_next(settings, metrics, console)
         if metrics["model"].get("form") == "per_layer":
             console.print(
                 f"checkpoint: {FORMS['per_layer']}; transformers loads it with trust_remote_code=True, "
@@ -361,6 +360,20 @@ def _say_steering(settings: Settings, steering: Steering, original: Values, ledg
         )
     for number, one in enumerate(steering.ceilings, start=1):
         console.print(f"ceiling: P of --already-forgotten {number} at most {one.high:.3f}")
+
+
+def _say_next(settings: Settings, metrics: Values, console: Console) -> None:
+    """Say what to give another time, where the end was one that settings can mend."""
+    if not settings.is_unlearning:
+        return
+    if metrics["sparsity"] == 0:
+        console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
+    known, target = metrics["forget"]["after"]["performance"], metrics["target"]
+    if settings.relearning_radius and metrics["outcome"] == "floor_reached" and position(known, target) == "above":
+        console.print(
+            "looking ahead takes room above the floor: --relearning-radius 0 leaves it to forgetting, and what is "
+            "forgotten then comes back sooner when a part of it is learnt again"
+        )
 
 
 def say_few(facts: int) -> str:

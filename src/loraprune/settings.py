@@ -341,11 +341,12 @@ class Settings:
     )
     forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
     relearning_radius: float = setting(
-        0.0,
+        3.0,
         "training",
-        "How far the forget loss looks ahead: every weight of the adapters is moved by so many learning rates towards "
-        "relearning the batch, and what is still known there is pushed down. At 3 what is forgotten is hardly learnt "
-        "again, and more is lost of what is not taught. 0: not at all.",
+        "How far the forget loss looks ahead: for each half of a batch every weight of the adapters is moved by so "
+        "many learning rates towards relearning the other half, and what is still known there is pushed down. The "
+        "further, the less comes back when a part is learnt again, and the more is lost of what is not taught. 0: not "
+        "at all.",
         allowed=NOT_NEGATIVE,
     )
     learning_rate: float = setting(
