@@ -7,6 +7,7 @@ Symbols  P = performance; F = diagonal of the Fisher information, one number a w
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loraprune.steering import Target, find_target
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Mapping[str, Batch]], Tensor]  # of a training step, from a batch of each set
 RMU_LAYERS, RMU_RATE = 3, 1e-3
+AS_IT_IS: Values = {"relearning_radius": 0.0}  # the forget loss is taken where the weights are
 
 
 def steps_of_rival(settings: Settings, rows: int) -> Values:
@@ -51,8 +53,8 @@ def rows_of_step(settings: Settings) -> int:
 
 
 def steps_of(settings: Settings) -> tuple[int, int]:
-    """Return after which step a rival's learning rate falls, and after which it ends."""
-    steps = steps_of_rival(settings, rows_of_step(settings))
+    """Return after which step the learning rate of a rival falls, whose steps pass each batch once, and its last."""
+    steps = steps_of_rival(settings, rows_of_step(replace(settings, **AS_IT_IS)))
     main = steps["warmup_steps"] + steps["prune_every"] * settings.prune_rounds
     return main, main + steps["finish_steps"]
 
