@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loraprune.attack_relearn import FULL_RATE
 from loraprune.batches import PairedBatches
-from loraprune.data import Example, collate
+from loraprune.data import Example, collate, on_device
 from loraprune.evaluate import answer_values, measure
 from loraprune.export import export_model
 from loraprune.groups import find_groups
@@ -172,7 +172,7 @@ def _fisher(model: nn.Module, examples: Sequence[Example], pad: int) -> list[Ten
     weights = list(model.parameters())
     total = [torch.zeros_like(one) for one in weights]
     for one in examples:
-        batch = _on_device(collate([one], pad), weights[0].device)
+        batch = on_device(collate([one], pad), weights[0].device)
         gradients = torch.autograd.grad(retain_loss(logits_of(model, batch), batch["labels"]), weights)
         for place, gradient in zip(total, gradients, strict=True):
             place.addcmul_(gradient, gradient, value=1 / len(examples))
@@ -198,14 +198,9 @@ def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, ma
     rates = [rate * learning_rate_factor(step, settings.warmup_steps, main, end - main) for step in range(end)]
 
     def loss_of(step: int) -> Tensor:
-        return loss({name: _on_device(batch, trained[0].device) for name, batch in batches[step].items()})
+        return loss({name: on_device(batch, trained[0].device) for name, batch in batches[step].items()})
 
     take_steps(trained, loss_of, rates, settings.max_gradient_norm)
-
-
-def _on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch where the weights are: it is collated in the main memory."""
-    return {name: one.to(device) for name, one in batch.items()}
 
 
 def _write(model: Any, world: World, folder: Path) -> None:

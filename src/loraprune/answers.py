@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraprune import metrics
-from loraprune.data import NO_LABEL, Example, batches_by_length, collate
+from loraprune.data import NO_LABEL, Example, batches_by_length, collate, on_device
 from loraprune.objectives import logits_of
 from loraprune.records import Compat
 
@@ -154,7 +154,7 @@ def answer_batches(
             batch = collate([examples[row] for row in rows], pad_token_id)
             if compat == "open-unlearning":
                 batch["attention_mask"] = (batch["input_ids"] != pad_token_id).long()
-            yield _read_batch(model, rows, {name: one.to(device) for name, one in batch.items()}, spread)
+            yield _read_batch(model, rows, on_device(batch, device), spread)
     finally:
         model.train(training)
 

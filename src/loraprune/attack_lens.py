@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraprune.attacked import AttackedModel, AttackResult, Reading, interval_of
-from loraprune.data import NO_LABEL, Example, batches_by_length, collate, find_facts
+from loraprune.data import NO_LABEL, Example, batches_by_length, collate, find_facts, on_device
 from loraprune.progress import Advance
 
 
@@ -51,7 +51,7 @@ def lens(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_
     performances, exact = (np.zeros((len(model.get_decoder().layers), len(examples))) for _ in range(2))
     device = next(model.parameters()).device
     for rows in batches_by_length(examples, batch_size):
-        batch = {name: one.to(device) for name, one in collate([examples[row] for row in rows], pad_token_id).items()}
+        batch = on_device(collate([examples[row] for row in rows], pad_token_id), device)
         performances[:, rows], exact[:, rows] = _read_batch(model, batch)
     return performances, exact
 

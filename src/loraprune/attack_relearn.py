@@ -16,7 +16,7 @@ import torch
 from loraprune.answers import AnswerTokens
 from loraprune.attacked import MEASURES, AttackedModel, AttackResult, NotRun, Reading, Values, interval_of
 from loraprune.batches import PairedBatches
-from loraprune.data import Row, find_facts
+from loraprune.data import Row, find_facts, on_device
 from loraprune.metrics import mean_over_steps
 from loraprune.model import attach_lora
 from loraprune.objectives import logits_of, retain_loss
@@ -100,7 +100,7 @@ def _train(model: Any, attacked: AttackedModel, rows: Sequence[Row], batch_size:
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for step in range(len(batches)):
-        batch = {name: one.to(device) for name, one in batches[step]["retain"].items()}
+        batch = on_device(batches[step]["retain"], device)
         model.train()
         loss = retain_loss(logits_of(model, batch), batch["labels"])
         if not isfinite(loss.item()):

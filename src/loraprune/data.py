@@ -244,6 +244,11 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     }
 
 
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch where the model is: `collate` makes it in main memory."""
+    return {name: one.to(device) for name, one in batch.items()}
+
+
 def batches_by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     """Return batches of indices, shortest examples first and ties in order, so that little is padded."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune.data import Example, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate, on_device
 from loraprune.evaluate import answer_values
 from loraprune.memory import FEW, Footprint, Rows, affordable, fewer, footprint_of
 from loraprune.objectives import IGNORED
@@ -266,7 +266,7 @@ class Passes:
         return {name: min(most or largest, self._passed_together(name)[0]) for name in self.batch_rows}
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: one.to(self.trainer.args.device) for name, one in batch.items()}
+        return on_device(batch, self.trainer.args.device)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune.answers import Advance, silent
-from loraprune.data import NO_LABEL, Example, collate
+from loraprune.data import NO_LABEL, Example, collate, on_device
 from loraprune.interval import auc_interval
 from loraprune.metrics import membership_auc, privleak
 from loraprune.objectives import logits_of, retain_loss
@@ -46,7 +46,7 @@ def gradient_norms(
 
 
 def _gradient_norm(model: nn.Module, example: Example, pad_token_id: int, compat: Compat) -> float:
-    batch = {name: one.to(next(model.parameters()).device) for name, one in collate([example], pad_token_id).items()}
+    batch = on_device(collate([example], pad_token_id), next(model.parameters()).device)
     labels = _without_end(batch["labels"])
     if (labels == NO_LABEL).all():
         return float("nan")

@@ -33,7 +33,7 @@ from loraprune.checkpoint import (
     restore_random,
     save_state,
 )
-from loraprune.data import Example, batches_by_length, collate
+from loraprune.data import Example, batches_by_length, collate, on_device
 from loraprune.launch import here
 from loraprune.mask import LiveMask, full_mask
 from loraprune.metrics import forget_drop, forget_per_retain
@@ -347,7 +347,7 @@ class LoRAPruneTrainer(Trainer):
         examples = score_sample(examples, self.settings.score_rows, self.settings.seed)
         device = self.args.device
         return [
-            {name: one.to(device) for name, one in collate([examples[i] for i in part], self.sets.pad_token_id).items()}
+            on_device(collate([examples[i] for i in part], self.sets.pad_token_id), device)
             for part in batches_by_length(examples, self.settings.evaluate_batch_size)
         ]
 
