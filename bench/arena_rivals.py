@@ -9,7 +9,7 @@ Symbols  P = performance; F = diagonal of the Fisher information, one number a w
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from adamw import take_steps
@@ -52,11 +52,19 @@ def rows_of_step(settings: Settings) -> int:
     return settings.retain_batch_size + settings.forget_batch_size * (2 if settings.relearning_radius else 1)
 
 
-def steps_of(settings: Settings) -> tuple[int, int]:
-    """Return after which step the learning rate of a rival falls, whose steps pass each batch once, and its last."""
+class Steps(NamedTuple):
+    """How many steps warm up, come before the learning rate falls, and are taken in all."""
+
+    warmup: int
+    main: int
+    end: int
+
+
+def steps_of(settings: Settings) -> Steps:
+    """Return the steps of a rival that passes each batch once."""
     steps = steps_of_rival(settings, rows_of_step(replace(settings, **AS_IT_IS)))
     main = steps["warmup_steps"] + steps["prune_every"] * settings.prune_rounds
-    return main, main + steps["finish_steps"]
+    return Steps(steps["warmup_steps"], main, main + steps["finish_steps"])
 
 
 # --- NPO with all weights ---------------------------------------------------------------------------------------------
@@ -78,8 +86,7 @@ def full_npo(world: World, point: Values, folder: Path) -> None:
         down = forget_loss("npo", rows, tokens, untouched[pushed["rows"]], settings.forget_loss_beta)
         return retain_loss(logits_of(model, kept), kept["labels"]) + point["forget_retain_ratio"] * way * down
 
-    main, end = steps_of(settings)
-    _train(world, model.parameters(), loss, range(end), main, settings.learning_rate * FULL_RATE)
+    _train(world, model.parameters(), loss, steps_of(settings), settings.learning_rate * FULL_RATE)
     _write(model, world, folder)
 
 
@@ -125,8 +132,7 @@ def rmu(world: World, point: Values, folder: Path) -> None:
         held = ((_states(model, number, kept) - before) / unit).square().sum(1).mean()
         return forgotten + point["alpha"] * held
 
-    main, end = steps_of(settings)
-    _train(world, trained, loss, range(end), main, RMU_RATE)
+    _train(world, trained, loss, steps_of(settings), RMU_RATE)
     _write(model, world, folder)
 
 
@@ -163,7 +169,7 @@ def damping(world: World, point: Values, folder: Path) -> None:
         return retain_loss(logits_of(adapted, batches["retain"]), batches["retain"]["labels"])
 
     trained = [one for one in adapted.parameters() if one.requires_grad]
-    _train(world, trained, loss, range(settings.finish_steps), 0, settings.learning_rate)
+    _train(world, trained, loss, Steps(0, 0, settings.finish_steps), settings.learning_rate)
     _write(adapted.merge_and_unload(), world, folder)
 
 
@@ -182,7 +188,7 @@ def _fisher(model: nn.Module, examples: Sequence[Example], pad: int) -> list[Ten
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, main: int, rate: float) -> None:
+def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: Steps, rate: float) -> None:
     """Take AdamW steps on the batches that a run sees, the learning rate rising and falling as in a run."""
     settings = world.settings
     batches = PairedBatches(
@@ -192,10 +198,10 @@ def _train(world: World, weights: Iterable[Tensor], loss: Loss, steps: range, ma
         forget_batch_size=settings.forget_batch_size,
         pad_token_id=pad_token_id(world.inputs.tokenizer),
         seed=settings.seed,
-        steps=steps,
+        steps=range(steps.end),
     )
-    end, trained = len(batches), list(weights)
-    rates = [rate * learning_rate_factor(step, settings.warmup_steps, main, end - main) for step in range(end)]
+    trained, falling = list(weights), steps.end - steps.main
+    rates = [rate * learning_rate_factor(step, steps.warmup, steps.main, falling) for step in range(steps.end)]
 
     def loss_of(step: int) -> Tensor:
         return loss({name: on_device(batch, trained[0].device) for name, batch in batches[step].items()})

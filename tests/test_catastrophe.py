@@ -1,16 +1,18 @@
 """Every way a run can go wrong ends with a model that holds the floor, and with a report that says what happened."""
 
+import io
 import json
 import random
 
 import pytest
 import torch
 from conftest import ROWS_PER_PERSON, run_values, world_values, write_rows
+from rich.console import Console
 from safetensors.torch import load_file
 
 from loraprune import cli, pipeline
 from loraprune.data import PLAIN_TEMPLATE
-from loraprune.pipeline import run
+from loraprune.pipeline import _say_next, run
 from loraprune.settings import Settings
 
 FLOOR = 0.9
@@ -44,6 +46,30 @@ def said_twice(row, draw):
     """The same question and answer behind two different words; nothing but chance says which set has which word."""
     one, other = draw.sample(OPENINGS, 2)
     return tuple({**row, "question": f"{word}: {row['question']}"} for word in (one, other))
+
+
+@pytest.mark.parametrize(
+    ("settings", "end", "said"),
+    [
+        ({}, {}, True),
+        ({"relearning_radius": 0.0}, {}, False),
+        ({"forget_loss": "none"}, {}, False),
+        ({}, {"breaks": {"guard": 2}}, False),
+        ({}, {"outcome": "budget_spent"}, False),
+        ({}, {"forget": {"after": {"performance": 0.2}}}, False),
+    ],
+)
+def test_only_a_run_that_looked_ahead_and_was_short_of_room_is_told_not_to(settings, end, said):
+    metrics = {
+        "sparsity": 0.1,
+        "outcome": "floor_reached",
+        "breaks": {"floor": 1},
+        "target": {"low": 0.1, "high": 0.3},
+        "forget": {"after": {"performance": 0.5}},
+    }
+    console = Console(file=io.StringIO())
+    _say_next(Settings(forget="forget.jsonl", **settings), {**metrics, **end}, console)
+    assert ("--relearning-radius 0" in console.file.getvalue()) == said
 
 
 def test_forget_and_retain_say_the_same_in_other_words(small_world, tmp_path, capsys):

@@ -322,9 +322,9 @@ def test_a_biased_llama_says_which_head_counts_it_never_has(run_folder, tokenize
 # --- memory, time -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trial(run_folder, tmp_path):
-    return trial_of(run_folder, tmp_path, relearning_radius=0.0)
+@pytest.fixture(params=[0.0, 3.0])
+def trial(request, run_folder, tmp_path):
+    return trial_of(run_folder, tmp_path, relearning_radius=request.param)
 
 
 def trial_of(run_folder, folder, **changes):
@@ -352,7 +352,8 @@ def test_passes_leave_the_model_as_it_is(trial):
     assert all(one.grad is None for one in model.parameters()) and not model.training
 
 
-def test_the_heaviest_step_is_the_one_with_most_tokens(trial):
+def test_the_heaviest_step_is_the_one_with_most_tokens(run_folder, tmp_path):
+    trial = trial_of(run_folder, tmp_path, relearning_radius=0.0)
     tokens = [sum(one.values()) for one in trial.passes.step_tokens]
     step = trial.trial_passes()["train"]
     assert sum(len(rows) * step.widths[name] for name, rows in step.heaviest.items()) == max(tokens)

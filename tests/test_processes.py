@@ -38,7 +38,8 @@ CASES = {
     "gate": {"metric": "gate", "micro_batch_size": 1},
     "grad": {"metric": "grad", "recovery_steps": 0},
     "activation": {"metric": "activation"},
-    "looking ahead": {"relearning_radius": 3.0, "min_retain_performance": 0.0, "micro_batch_size": 1},
+    "looking ahead": {"forget_batch_size": 4, "min_retain_performance": 0.0, "micro_batch_size": 1},
+    "not looking ahead": {"relearning_radius": 0.0},
     "rescaled heads": {"attention_unit": "q_head", "rescale_survivors": True},
     "few rows": {"gradient_checkpointing": True, "forget_batch_size": 1, "retain_batch_size": 1},
     "lora in training": COMPRESS,
@@ -47,7 +48,10 @@ CASES = {
 }
 EIGHT_BITS = {"eight bits": {"base_bits": 8}} if find_spec("bitsandbytes") else {}
 NEAR = {"eight bits": 1e-2}  # one activation that is rounded the other way is off by 1/127
-CASES_OF = {"ddp": [*CASES, *EIGHT_BITS], "fsdp2": ["lora", "few rows", "gate", "looking ahead", "grad in training"]}
+CASES_OF = {
+    "ddp": [*CASES, *EIGHT_BITS],
+    "fsdp2": ["lora", "few rows", "gate", "looking ahead", "not looking ahead", "grad in training"],
+}
 
 
 def values_of(folder, case, way):

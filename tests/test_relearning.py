@@ -67,7 +67,8 @@ def halves_of(batch):
 def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_what_is_known_here_asks(
     tmp_path, tokenizer, kind
 ):
-    trainer = make_trainer(tmp_path, tokenizer, target(0.0), forget_loss=kind, relearning_radius=3.0)
+    how = {"forget_loss": kind, "relearning_radius": 3.0, "forget_batch_size": 3}  # halves of two rows and of one
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), **how)
     batch = next(iter(trainer.get_train_dataloader()))
     before = [one.detach().clone() for one in trained(trainer.adapted)]
     found = gradient_of(trainer, batch)
@@ -127,6 +128,12 @@ def test_a_row_alone_in_its_batch_is_pushed_where_relearning_itself_leads(tmp_pa
     assert any(gradient.abs().sum() > 0 for gradient in pushed)
     for one, a, b in zip(found, kept, pushed, strict=True):
         torch.testing.assert_close(one, a + b, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_forget_set_a_step_is_trainers_own(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, None, forget=False, relearning_radius=3.0)
+    monkeypatch.setattr(trainer, "_step_in_parts", lambda *_: pytest.fail("a step in parts"))
+    assert any(one.abs().sum() > 0 for one in gradient_of(trainer, next(iter(trainer.get_train_dataloader()))))
 
 
 def test_without_a_radius_a_step_is_taken_at_the_adapters_as_they_are(tmp_path, tokenizer):

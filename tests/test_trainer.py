@@ -139,13 +139,15 @@ def test_every_cut_is_told_how_the_model_came_in_and_above_what_forgetting_needs
         assert one["limits"].forget_high == pytest.approx(1e-6)
 
 
-def test_a_run_from_before_there_was_an_order_is_not_gone_on_with_by_difference(run_folder):
+def test_a_run_from_before_there_were_such_defaults_is_not_gone_on_with_by_them(run_folder):
     values = run_values(run_folder, "older")
     folder = run(Settings(**values)).folder
     config = folder / "config.toml"
-    config.write_text(config.read_text().replace('order = "difference"\n', ""))
-    with pytest.raises(UserError, match="order was share, now difference"):
+    kept = [line for line in config.read_text().splitlines() if not line.startswith(("order", "relearning_radius"))]
+    config.write_text("\n".join(kept))
+    with pytest.raises(UserError, match="order was share, now difference") as refused:
         run(Settings(**values))
+    assert "relearning_radius was 0.0, now 3.0" in str(refused.value)
 
 
 def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):

@@ -2,7 +2,8 @@
 
 Reads    a batch of each set, the model, where its rows' P stand between their beginning and their goals
 Gives    TrainingSets, Balance
-Source   that the forget loss is taken where relearning would lead: arXiv 2502.05374; see relearning.py
+Source   that the forget loss is taken where relearning would lead: arXiv 2502.05374; differs: where relearning of other
+         rows would; see relearning.py
 Symbols  P = performance; rest = where P of an earlier request's set is held, high = its ceiling
 """
 
@@ -64,7 +65,7 @@ class Balance:
     `relearning_radius` the forget loss of each half of a batch is taken not where the adapters are but where relearning
     the other half would bring them, so that what is forgotten does not come back with what is learnt beside it; how
     hard it pushes is decided by P of the adapters as they are. Sets of earlier requests are pushed down as soon as
-    they rise above where they rest, also while the forget set itself is left alone.
+    they rise above where they rest, also while the forget set itself is left alone, and where the adapters are.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weigh in self._weighers(forgetting, forget_weight).items():
             if name in inputs:
-                ahead = self.radius > 0 and name == "forget"
+                ahead = name == "forget" and self.looks_ahead(forgetting)
                 pushed = self._withstood_parts if ahead else self._pushed_parts
                 yield from pushed(model, inputs[name], self.untouched[name], weigh, size)
 
@@ -127,7 +128,7 @@ class Balance:
 
     def looks_ahead(self, forgetting: bool) -> bool:
         """Say whether a step takes its forget loss from moved adapters: then it goes by parts, whatever their size."""
-        return bool(self.radius) and "forget" in self._weighers(forgetting, 1.0)
+        return bool(self.radius) and self.sets.forget is not None and "forget" in self._weighers(forgetting, 1.0)
 
     def _pushed_parts(
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
@@ -238,9 +239,15 @@ def answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:
 
 def halves_of(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return the first and the second half of a batch's rows; a single row is not divided."""
-    rows, middle = len(batch["rows"]), -(-len(batch["rows"]) // 2)
-    parts = [slice(middle), slice(middle, rows)] if rows > 1 else [slice(rows)]
-    return [{name: one[part] for name, one in batch.items()} for part in parts]
+    sizes = half_sizes(len(batch["rows"]))
+    return [
+        dict(zip(batch, half, strict=True)) for half in zip(*(one.split(sizes) for one in batch.values()), strict=True)
+    ]
+
+
+def half_sizes(rows: int) -> list[int]:
+    """Return how many rows each half of a batch has: one half where there is one row."""
+    return [rows - rows // 2, rows // 2] if rows > 1 else [rows]
 
 
 def split_batch(batch: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:

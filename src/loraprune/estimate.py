@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraprune.balance import half_sizes
 from loraprune.data import Example, batches_by_length, collate, on_device
 from loraprune.evaluate import answer_values
 from loraprune.memory import FEW, Footprint, Rows, affordable, fewer, footprint_of
@@ -255,7 +256,7 @@ class Passes:
     def _passed_together(self, name: str) -> list[int]:
         """Return the rows of a set that may share a pass: of a forget loss that looks ahead those of half a batch."""
         rows = self.batch_rows[name]
-        return [-(-rows // 2), rows // 2] if self._ahead(name) else [rows]
+        return half_sizes(rows) if self._ahead(name) else [rows]
 
     @property
     def _rows_of_pass(self) -> dict[str, int] | None:

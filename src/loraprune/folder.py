@@ -122,7 +122,8 @@ class RunFolder:
         config = self.path / "config.toml"
         if config.exists():
             said = tomllib.loads(config.read_text(encoding="utf-8"))
-            before = {"order": "share"} if "forget" in said else {}  # of runs from before there was an order
+            older = {"order": "share", "relearning_radius": 0.0}  # of runs from before there were these settings
+            before = older if "forget" in said else {}
             self._refuse_changed(settings_from({**before, **said}))
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file.", "a run is a folder.", "choose another --output.")

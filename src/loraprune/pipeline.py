@@ -368,8 +368,10 @@ def _say_next(settings: Settings, metrics: Values, console: Console) -> None:
         return
     if metrics["sparsity"] == 0:
         console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
-    known, target = metrics["forget"]["after"]["performance"], metrics["target"]
-    if settings.relearning_radius and metrics["outcome"] == "floor_reached" and position(known, target) == "above":
+    looked_ahead = settings.forget_loss != "none" and settings.forget_retain_ratio * settings.relearning_radius > 0
+    short_of_room = metrics["outcome"] == "floor_reached" and {"floor", "room"} & metrics["breaks"].keys()
+    known = metrics["forget"]["after"]["performance"]
+    if looked_ahead and short_of_room and position(known, metrics["target"]) == "above":
         console.print(
             "looking ahead takes room above the floor: --relearning-radius 0 leaves it to forgetting, and what is "
             "forgotten then comes back sooner when a part of it is learnt again"

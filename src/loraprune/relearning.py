@@ -2,7 +2,8 @@
 
 Reads    gradients of how likely the answers are, on the adapters
 Gives    gradients_of, moved
-Source   sharpness-aware minimisation, arXiv 2010.01412; against relearning, arXiv 2502.05374
+Source   sharpness-aware minimisation, arXiv 2010.01412; against relearning, arXiv 2502.05374; differs: see `moved`, and
+         balance.py, where the gradients are of other rows than those that are pushed
 Symbols  radius = how far each weight of the adapters moves
 """
 

@@ -156,7 +156,10 @@ class LoRAPruneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return retain loss + forget_retain_ratio x what pushes the forget sets down, of a batch of each set."""
+        """Return retain loss + forget_retain_ratio x what pushes the forget sets down, of a batch of each set.
+
+        All at the adapters as they are; a step whose forget loss looks ahead takes back other losses, `Balance.parts`.
+        """
         loss, logits = self.balance.loss(
             model, inputs, forgetting=self.run_state.forgetting, forget_weight=self.run_state.forget_weight
         )
@@ -167,6 +170,7 @@ class LoRAPruneTrainer(Trainer):
     ) -> Tensor:
         """Take one step forward and back, in passes of `micro_batch_size` rows where that is set; return its loss.
 
+        A forget loss that looks ahead has passes of its own for each half of its batch, of those rows at most.
         A step that is scored leaves what the metric reads. The gradient is that of the whole batch in any size of pass
         and in any number of processes, but for dropout, which draws anew in every pass.
         """
