@@ -153,7 +153,9 @@ class Contest:
         }
         ends = {seed: {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
         seeds = [world.seed for world in self.worlds]
-        return {"sparsity": self.worlds[0].sparsity, "seeds": seeds, "ends": ends, "contestants": contestants}
+        first = self.worlds[0]
+        asked = {"sparsity": first.sparsity, "relearning_radius": first.settings.relearning_radius}
+        return {**asked, "seeds": seeds, "ends": ends, "contestants": contestants}
 
 
 if __name__ == "__main__":

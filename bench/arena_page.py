@@ -68,7 +68,8 @@ def section(values: Values) -> str:
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    asked = f"{counted(seeds, 'seed')}; {size:.0%} of all parameters are asked of ours and of the controls."
+    ahead = f"look ahead by {radius:g}" if (radius := world["relearning_radius"]) else "do not look ahead"
+    asked = f"{counted(seeds, 'seed')}; ours and the controls are asked for {size:.0%} of all parameters, and {ahead}."
     title = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {
@@ -165,7 +166,7 @@ MEANINGS = (
     "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
     "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
     "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
-    "ours and its controls row by row (`natural_spread`), and their forget loss looks ahead: that of each half of a "
+    "ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss of each half of a "
     "batch is taken where relearning the other half would lead, which passes the forget rows twice a step; rivals take "
     "more steps for it, ours not looking ahead takes as many, of fewer rows. "
     "In the figure of what is kept, the dashed lines are what was asked of ours: "
