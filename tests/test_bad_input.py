@@ -156,9 +156,8 @@ def test_a_folder_with_a_run_of_other_settings_names_the_setting(capsys, given, 
     (tmp_path / "out").mkdir()
     flags = {name.strip("-"): value for name, value in given.items() if name != "--output"}
     config = "".join(f'{name} = "{value}"\n' for name, value in flags.items())
-    (tmp_path / "out" / "config.toml").write_text(
-        f'{config}output = "{given["--output"]}"\norder = "difference"\nseed = 3\n'
-    )
+    newer = 'order = "difference"\nrelearning_radius = 3.0\n'  # a run without them is an older one
+    (tmp_path / "out" / "config.toml").write_text(f'{config}output = "{given["--output"]}"\n{newer}seed = 3\n')
     before = (tmp_path / "out" / "config.toml").read_text()
     text = refusal(capsys, given)
     assert "seed was 3, now 0" in text and "--seed" in text
