@@ -68,8 +68,8 @@ def section(values: Values) -> str:
 
 def _world(name: str, world: Values) -> str:
     size, seeds = world["sparsity"], len(world["seeds"])
-    ahead = f"look ahead by {radius:g}" if (radius := world["relearning_radius"]) else "do not look ahead"
-    asked = f"{counted(seeds, 'seed')}; ours and the controls are asked for {size:.0%} of all parameters, and {ahead}."
+    look = f"look ahead by {radius:g}" if (radius := world["relearning_radius"]) else "do not look ahead"
+    asked = f"{counted(seeds, 'seed')}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
     title = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ahead = {

@@ -191,7 +191,7 @@ class Balance:
 
     def _weighers(self, forgetting: bool, forget_weight: float) -> dict[str, Weigh]:
         """Return what tells how hard each row of a set is pushed down at this step."""
-        if self.settings.forget_loss == "none" or not self.settings.forget_retain_ratio:
+        if not self.settings.pushes_down:
             return {}
         weighers: dict[str, Weigh] = {"already_forgotten": self._held_down}
         if forgetting:

@@ -229,7 +229,7 @@ class Passes:
         passes: list[float] = []
         for name in names:
             parts = sum(ceil(rows / most[name]) for rows in self._passed_together(name))
-            part, ahead = tokens[name] / parts, self._ahead(name)
+            part, ahead = tokens[name] / parts, name == "forget" and self.looks_ahead
             passes += [part * (1.0 if name == "retain" or ahead else 4 / 3)] * parts * (2 if ahead else 1)
         return passes
 
@@ -246,17 +246,12 @@ class Passes:
     @property
     def looks_ahead(self) -> bool:
         """Say whether the forget loss is taken from moved adapters."""
-        return self._ahead("forget")
-
-    def _ahead(self, name: str) -> bool:
-        if name != "forget" or name not in self._heaviest_step:
-            return False
         return self.trainer.balance.looks_ahead(forgetting=True)
 
     def _passed_together(self, name: str) -> list[int]:
         """Return the rows of a set that may share a pass: of a forget loss that looks ahead those of half a batch."""
         rows = self.batch_rows[name]
-        return half_sizes(rows) if self._ahead(name) else [rows]
+        return half_sizes(rows) if name == "forget" and self.looks_ahead else [rows]
 
     @property
     def _rows_of_pass(self) -> dict[str, int] | None:

@@ -368,7 +368,7 @@ def _say_next(settings: Settings, metrics: Values, console: Console) -> None:
         return
     if metrics["sparsity"] == 0:
         console.print("nothing was cut; what is only suppressed comes back with little training: give --sparsity")
-    looked_ahead = settings.forget_loss != "none" and settings.forget_retain_ratio * settings.relearning_radius > 0
+    looked_ahead = settings.pushes_down and settings.relearning_radius > 0
     short_of_room = metrics["outcome"] == "floor_reached" and {"floor", "room"} & metrics["breaks"].keys()
     known = metrics["forget"]["after"]["performance"]
     if looked_ahead and short_of_room and position(known, metrics["target"]) == "above":

@@ -493,6 +493,11 @@ class Settings:
     def is_unlearning(self) -> bool:
         return self.forget is not None
 
+    @property
+    def pushes_down(self) -> bool:
+        """Say whether training pushes down what is to be forgotten, where there is something."""
+        return self.forget_loss != "none" and self.forget_retain_ratio > 0
+
     def changed(self, other: "Settings") -> list[str]:
         """Return the names of the settings in which the two differ."""
         return [name for name in DECLARED if getattr(self, name) != getattr(other, name)]

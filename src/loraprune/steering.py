@@ -170,7 +170,7 @@ def find_limits(
 ) -> Limits:
     """Return what every accepted step must hold; where P(forget) starts below the band it cannot be overshot."""
     starts_above = target is not None and 0.0 < target.low <= before["forget"]["performance"]
-    pushed = settings.forget_loss != "none" and settings.forget_retain_ratio > 0 and settings.min_retain_performance > 0
+    pushed = settings.pushes_down and settings.min_retain_performance > 0
     return Limits(
         settings.min_retain_performance,
         settings.max_guard_loss_ratio if settings.guard is not None else None,
