@@ -130,6 +130,12 @@ def test_a_run_that_another_process_began_since_the_first_look_is_looked_at_agai
     assert names(tmp_path) == {"config.toml"}
 
 
+def test_a_refused_folder_says_every_setting_that_would_have_to_be_as_it_was(tmp_path):
+    RunFolder(tmp_path, Settings(output=str(tmp_path))).open()
+    with pytest.raises(UserError, match="use the old value of --lora-rank, --seed, or choose another --output"):
+        RunFolder(tmp_path, Settings(output=str(tmp_path), seed=1, lora_rank=4)).check()
+
+
 @pytest.fixture(scope="module")
 def finished(run_folder):
     run(Settings(**run_values(run_folder, "kept_locked")))

@@ -236,7 +236,7 @@ class Passes:
     @property
     def taken_back(self) -> list[str]:
         """Return the sets whose loss a step takes back while it forgets."""
-        return list(self._heaviest_step) if self.settings.forget_loss != "none" else ["retain"]
+        return list(self._heaviest_step) if self.settings.pushes_down else ["retain"]
 
     @property
     def batch_rows(self) -> dict[str, int]:

@@ -243,7 +243,7 @@ class RunFolder:
         raise UserError(
             f"{self.path} holds a run with other settings: {changes}.",
             "going on would mix two runs, and the evidence would belong to neither.",
-            f"use the old value of {flag(names[0])}, or choose another --output.",
+            f"use the old value of {', '.join(map(flag, names))}, or choose another --output.",
         )
 
     def read(self, name: str) -> Any:
