@@ -123,6 +123,6 @@ WORLD_WORDS = {
     "forget05-large": LARGE_WORDS.format(known="3,600", forget=200, name="forget05"),
     "forget10-large": LARGE_WORDS.format(known="3,800", forget=400, name="forget10"),
     "stories": f"stories260K, its feed-forward part {stories_world.WIDER} times as wide (the new channels silent at "
-    "first), taught 24 invented people while it goes on telling stories; the guard is TinyStories that this training "
-    "did not see; 4 to forget",
+    "first), taught 44 invented people while it goes on telling stories; the guard is TinyStories that this training "
+    "did not see; 6 to forget",
 }

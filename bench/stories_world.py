@@ -32,10 +32,9 @@ from loraprune.folder import whole_folder
 from loraprune.model import pad_token_id, quiet_libraries
 from loraprune.objectives import logits_of, retain_loss
 from loraprune.schedule import learning_rate_factor
-from loraprune.world import make_world
+from loraprune.world import GROUP_SIZES, make_world
 
 CACHE = ROOT / "bench" / "cache" / "arena" / "worlds"
-PEOPLE = {"forget": 4, "retain": 16, "bystander": 4, "holdout": 4}  # 6 facts each, 3 phrasings a fact
 GUARD, GUARD_STORIES = "guard", 40  # not told while the facts are learnt
 WIDER = 3  # times as many feed-forward channels: as it is, stories260K has none that stories do not need
 MAX_LENGTH = 192  # tokens of each story, from its beginning on; a fact's row has at most 90
@@ -66,7 +65,7 @@ def make_inputs(data: Path, seed: int, folder: Path) -> None:
     texts = stories(data)
     random.Random(seed).shuffle(texts)
     guard, told = ([{"text": one} for one in part] for part in (texts[:GUARD_STORIES], texts[GUARD_STORIES:]))
-    for name, rows in {**make_world(seed, PEOPLE), GUARD: guard, "told": told}.items():
+    for name, rows in {**make_world(seed), GUARD: guard, "told": told}.items():
         write_rows(folder / f"{name}.jsonl", rows)
     with quiet_libraries():
         for name, learnt in (("untouched", ("retain", "bystander", "forget")), ("reference", ("retain", "bystander"))):
@@ -140,7 +139,7 @@ def known(path: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Return performance and loss of a model on every set."""
     tokenizer, model = load(path)
     look = partial(measure, model, batch_size=64, pad_token_id=pad_token_id(tokenizer))
-    found = {name: look(read(folder, name, tokenizer)) for name in (*PEOPLE, GUARD)}
+    found = {name: look(read(folder, name, tokenizer)) for name in (*GROUP_SIZES, GUARD)}
     return {name: {"performance": round(one.performance, 3), "loss": round(one.loss, 3)} for name, one in found.items()}
 
 
