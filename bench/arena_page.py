@@ -15,8 +15,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
+from arena_asked import AREA, KEPT, asked_table, lead_of
 from arena_contestants import OURS
-from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD, half_width, paired
+from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD, half_width
 from arena_worlds import WORLD_WORDS, Values
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -54,7 +55,6 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
     "seconds": lambda one: one["seconds"],
 }
 UNTAUGHT = (WITHHELD, "bystander")
-AREA_GOAL, KEPT_GOAL = 0.10, 0.95  # what was asked of ours; lines of the figure
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
@@ -80,7 +80,8 @@ def _world(name: str, world: Values) -> str:
         {**points, **_columns(world, FORGOTTEN_AND_KEPT), **ahead},
         _columns(world, ATTACKED_AND_SPENT),
     ]
-    return "\n\n".join([title, *(_table(world, one) for one in tables)])
+    asked = [asked_table(world, OURS)] if OURS in world["contestants"] else []
+    return "\n\n".join([title, *asked, *(_table(world, one) for one in tables)])
 
 
 def _table(world: Values, columns: Mapping[str, Mapping[str, str]]) -> str:
@@ -111,17 +112,11 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def _by_seed(one: Values, name: str) -> dict[int, float]:
-    return {cell["seed"]: cell[name] for cell in one["cells"]}
-
-
 def _ahead(world: Values, key: str, name: str) -> str:
     """Return by how much ours leads on a composite, with the interval of the paired differences."""
     if key == OURS or OURS not in world["contestants"]:
         return "-"
-    differences = paired(*(_by_seed(world["contestants"][one], name) for one in (OURS, key)))
-    mean, half = fmean(differences), half_width(differences)
-    return f"{mean:+.3f}" + ("" if half is None else f" ({mean - half:+.3f} to {mean + half:+.3f})")
+    return str(lead_of(world, OURS, key, name))
 
 
 def _searched(world: Values) -> str:
@@ -170,7 +165,7 @@ MEANINGS = (
     "batch is taken where relearning the other half would lead, which passes the forget rows twice a step; rivals take "
     "more steps for it, ours not looking ahead takes as many, of fewer rows. "
     "In the figure of what is kept, the dashed lines are what was asked of ours: "
-    f"an area at most {AREA_GOAL:.2f} above the reference's, and {KEPT_GOAL:.2f} kept. "
+    f"an area at most {AREA:.2f} above the reference's, and {KEPT:.2f} kept. "
     "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most main memory that it "
     "held, a GPU's own is not counted. Made by `python bench/arena.py`."
 )
@@ -209,8 +204,8 @@ def draw_frontier(values: Values, path: Path) -> None:
 
         _points(axes, one, looks, lambda cell: cell["relearning_gap"], kept)
         _star(axes, 0.0, _kept_by_reference(one, names))
-        axes.axvline(AREA_GOAL, color="#999999", linewidth=0.8, linestyle="--")
-        axes.axhline(KEPT_GOAL, color="#999999", linewidth=0.8, linestyle="--")
+        axes.axvline(AREA, color="#999999", linewidth=0.8, linestyle="--")
+        axes.axhline(KEPT, color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xlabel("relearning area - the reference's")
         axes.set_ylabel("kept: mean of withheld rows and bystanders")
 

@@ -1,0 +1,132 @@
+"""What was asked of ours in a world of the arena, before any of it was measured, and what came of it.
+
+Reads    a world's values, as arena.py gives them
+Gives    asked_table; AREA, KEPT: two of the limits, for the figure
+Source   -
+Symbols  ahead: ours minus theirs on a composite, paired by seed; surely: the 95% interval holds no 0
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from arena_marks import TAUGHT, WITHHELD, half_width, paired
+from arena_worlds import Values
+from results_page import markdown_table
+
+from loraprune.settings import Settings
+from loraprune.steering import find_target
+from loraprune.words import counted
+
+AREA, KEPT = 0.10, 0.95  # of relearning above the reference's, at most; of withheld rows, at least
+KEPT_TAUGHT, BEHIND = 0.98, 0.03  # at least; bystanders behind the contestant that keeps most of them, at most
+LEFT, FASTER, ROUNDED = 0.70, 1.30, 0.02  # at most, at least, at most
+YES, IN_MEAN, NO = "yes", "in the mean", "**no**"
+Line = tuple[str, str, str]
+
+
+class Lead(NamedTuple):
+    """How far ours is ahead of a contestant; `half` of the interval, None of a single seed."""
+
+    name: str
+    mean: float
+    half: float | None
+
+    @property
+    def least(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def is_sure(self) -> bool:
+        return self.half is not None and self.least > 0
+
+    def __str__(self) -> str:
+        half = self.half
+        return f"{self.mean:+.3f}" + ("" if half is None else f" ({self.mean - half:+.3f} to {self.mean + half:+.3f})")
+
+
+def asked_table(world: Values, ours: str) -> str:
+    """Return a table with a line for each thing asked of ours by its defaults."""
+    return markdown_table(["asked of ours, by default", "came", "met"], list(_lines(world, ours)))
+
+
+def _lines(world: Values, ours: str) -> Iterator[Line]:
+    cells = world["contestants"][ours]["cells"]
+    inside = [_band_holds(world, cell) for cell in cells]
+    came = f"{sum(inside)} of {counted(len(cells), 'seed')}"
+    yield "P(forget) inside the band around the reference's", came, _said(all(inside))
+    yield _limit("of withheld rows, at least {} kept", cells, lambda one: one["kept"][WITHHELD], least=KEPT)
+    yield _limit("of taught rows, at least {} kept", cells, lambda one: one["kept"][TAUGHT], least=KEPT_TAUGHT)
+    if "bystander" in cells[0]["kept"]:
+        yield _bystanders(world, ours)
+    yield _limit("at most {} of the parameters left", cells, lambda one: one["left"], most=LEFT)
+    yield _limit("prefill at least {} times as fast", cells, lambda one: one["prefill"], least=FASTER)
+    yield _limit("P(forget) in NF4 at most {} higher", cells, lambda one: one["rounded_gap"]["nf4"], most=ROUNDED)
+    area = "relearning area at most {} above the reference's"
+    yield _limit(area, cells, lambda one: one["relearning_gap"], most=AREA)
+    if controls := _leads(world, ours, "control", "composite_relearning"):
+        what = "surely ahead of every mask of equal size, with relearning"
+        yield _led(what, controls, YES if all(one.is_sure for one in controls) else NO)
+    for what, name in (
+        ("ahead of every rival, with", "composite_relearning"),
+        ("behind no rival, without", "composite"),
+    ):
+        if rivals := _leads(world, ours, "rival", name):
+            in_mean = IN_MEAN if all(one.mean > 0 for one in rivals) else NO
+            yield _led(f"{what} relearning", rivals, YES if all(one.is_sure for one in rivals) else in_mean)
+
+
+def _said(met: bool) -> str:
+    return YES if met else NO
+
+
+def _band_holds(world: Values, cell: Values) -> bool:
+    """Say whether a cell's P(forget) is inside the band: the default one, which every world's runs have."""
+    reference = {"forget": {"performance": cell["forget"] - cell["performance_gap"]}}
+    target = find_target(Settings(forget="forget"), {"reference": reference})
+    assert target is not None
+    return target.holds(cell["forget"])
+
+
+def _limit(
+    what: str,
+    cells: Sequence[Values],
+    of: Callable[[Values], float],
+    least: float | None = None,
+    most: float | None = None,
+) -> Line:
+    """Return the line of a number whose mean over seeds is to be so much at least, or at most."""
+    mean, half = fmean(map(of, cells)), half_width(list(map(of, cells)))
+    met = mean >= least if least is not None else mean <= (most or 0.0)
+    came = f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
+    return what.format(f"{least or most:.2f}"), came, _said(met)
+
+
+def _bystanders(world: Values, ours: str) -> Line:
+    kept = {
+        key: fmean(cell["kept"]["bystander"] for cell in one["cells"])
+        for key, one in world["contestants"].items()
+        if key == ours or one["role"] in ("control", "rival")
+    }
+    best = max(kept, key=lambda key: kept[key])
+    behind = kept[best] - kept[ours]
+    what = f"bystanders at most {BEHIND:.2f} behind the contestant that keeps most of them"
+    return what, f"{behind:.3f}, {best}", _said(behind <= BEHIND)
+
+
+def _leads(world: Values, ours: str, role: str, name: str) -> list[Lead]:
+    """Return how far ours is ahead of every contestant of a role."""
+    return [lead_of(world, ours, key, name) for key, one in world["contestants"].items() if one["role"] == role]
+
+
+def lead_of(world: Values, ours: str, key: str, name: str) -> Lead:
+    """Return by how much ours leads a contestant on a composite, over the seeds that both have."""
+    scores = [{cell["seed"]: cell[name] for cell in world["contestants"][one]["cells"]} for one in (ours, key)]
+    differences = paired(*scores)
+    return Lead(key, fmean(differences), half_width(differences))
+
+
+def _led(what: str, leads: Sequence[Lead], met: str) -> Line:
+    """Return the line of a lead over all of these; it shows the least of them."""
+    least = min(leads, key=lambda one: one.least)
+    return what, f"{least}, {least.name}", met
