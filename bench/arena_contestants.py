@@ -30,6 +30,7 @@ Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None
 ANY_RATIO: Values = {"order": "share", "unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
 NONE_GOES: Values = {"unlearning_threshold": 1.0, "order": "share", "metric": "random"}
 RATIOS = tuple({"forget_retain_ratio": ratio} for ratio in (0.3, 1.0, 3.0))
+OTHER_SEED = 1000  # added to the world's
 DEFAULT = 1  # the point in the middle: the one of the quick form
 
 
@@ -81,6 +82,11 @@ def _uncut(world: World, point: Values, folder: Path, **others: Any) -> None:
     _run(replace(settings, **{**NONE_GOES, **steps, **point}), folder)
 
 
+def _retrained(world: World, point: Values, folder: Path) -> None:
+    """Train another reference: what two models that never saw the forget set differ by is the best there is."""
+    world.retrain(folder / "model", world.seed + OTHER_SEED)
+
+
 def _by_activation(world: World, point: Values, folder: Path) -> None:
     """Cut at once what is active on forget rows rather than on retain rows, then repair on retain rows alone.
 
@@ -109,6 +115,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "ours, not looking ahead": Contestant("variant", partial(_ours, **AS_IT_IS)),
     "ours, by share": Contestant("variant", partial(_ours, order="share")),
     "ours, nothing cut": Contestant("variant", _uncut),
+    "retrained, another seed": Contestant("variant", _retrained),
     "GradDiff, LoRA": Contestant("rival", partial(_adapters_alone, kind="ga"), RATIOS),
     "NPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="npo"), RATIOS),
     "SimNPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="simnpo"), RATIOS),

@@ -17,16 +17,20 @@ from typing import Any
 import stories_world
 import tofu
 from results_page import ROOT
-from stories260k import find_data
+from stories260k import find_data, make_folder
 
-from loraprune.demo import make_inputs
+from loraprune.data import load_rows
+from loraprune.demo import RECIPE, make_inputs
 from loraprune.folder import write_text
 from loraprune.inputs import Inputs, load_set, prepare, split_kept
 from loraprune.model import weights_hash
+from loraprune.scratch import Recipe, make_model
 from loraprune.settings import Settings, as_values
 
 CACHE = ROOT / "bench" / "cache" / "arena"
 OTHERS = ("forget", "bystander", "holdout", "guard")  # the sets beside the retain set, where their files are there
+ALL_SETS = ("forget", "retain", "bystander", "holdout", "guard", "told")  # in the order that trained the tokenizer
+KNOWN_BY_REFERENCE = ("retain", "bystander", "told")
 ASKED = 0.33  # of all parameters: 0.3 are to go, and a prompt is to be read 1.3 times as fast, which 0.32 just misses
 Values = dict[str, Any]
 
@@ -40,6 +44,7 @@ class World:
     sets: Path  # folder of forget.jsonl, retain.jsonl and those of OTHERS that there are
     model: Path
     reference: Path
+    retrain: Callable[[Path, int], None]  # write another reference: the same rows, another seed
     sparsity: float
     own: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,7 +86,8 @@ class World:
 def _demo(seed: int) -> World:
     folder = CACHE / "worlds" / f"demo-{seed}"
     make_inputs(folder, seed)
-    return World("demo", seed, folder, folder / "untouched", folder / "reference", sparsity=ASKED)
+    retrain = partial(_retrain, folder, RECIPE)
+    return World("demo", seed, folder, folder / "untouched", folder / "reference", retrain, sparsity=ASKED)
 
 
 def _tofu(forget: str, size: str, seed: int) -> World:
@@ -89,15 +95,26 @@ def _tofu(forget: str, size: str, seed: int) -> World:
     name = f"{forget}-{size}" if size else forget
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
     tofu.make_inputs(tofu.find_data(None), seed, forget, sets, EXTENTS[size])
+    retrain = partial(_retrain, sets, EXTENTS[size].recipe)
     own = {"device": "cuda"} if name in ON_GPU else {}
-    return World(name, seed, sets, sets / f"untouched-{seed}", sets / f"reference-{seed}", sparsity=ASKED, own=own)
+    models = sets / f"untouched-{seed}", sets / f"reference-{seed}"
+    return World(name, seed, sets, *models, retrain, sparsity=ASKED, own=own)
 
 
 def _stories(seed: int) -> World:
     folder = CACHE / "worlds" / f"stories-{seed}"
-    stories_world.make_inputs(find_data(None), seed, folder)
-    own = {"max_length": stories_world.MAX_LENGTH}
-    return World("stories", seed, folder, folder / "untouched", folder / "reference", sparsity=ASKED, own=own)
+    data, own = find_data(None), {"max_length": stories_world.MAX_LENGTH}
+    stories_world.make_inputs(data, seed, folder)
+    retrain = partial(stories_world.teach, make_folder(data), folder, stories_world.KNOWN)
+    return World("stories", seed, folder, folder / "untouched", folder / "reference", retrain, sparsity=ASKED, own=own)
+
+
+def _retrain(folder: Path, recipe: Recipe, path: Path, seed: int) -> None:
+    """Write a model that learns from nothing what the reference learnt, with its tokenizer."""
+    sets = {name: file for name in ALL_SETS if (file := folder / f"{name}.jsonl").exists()}
+    rows = {name: load_rows(str(file), name=name) for name, file in sets.items()}
+    known = [row for name in KNOWN_BY_REFERENCE for row in rows.get(name, ())]
+    make_model(path, known, [row for group in rows.values() for row in group], recipe, seed)
 
 
 EXTENTS = {"part": tofu.PART, "": tofu.WHOLE, "large": tofu.LARGE}

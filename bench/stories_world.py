@@ -35,6 +35,7 @@ from loraprune.schedule import learning_rate_factor
 from loraprune.world import GROUP_SIZES, make_world
 
 CACHE = ROOT / "bench" / "cache" / "arena" / "worlds"
+KNOWN = ("retain", "bystander")  # by the reference
 GUARD, GUARD_STORIES = "guard", 40  # not told while the facts are learnt
 WIDER = 3  # times as many feed-forward channels: as it is, stories260K has none that stories do not need
 MAX_LENGTH = 192  # tokens of each story, from its beginning on; a fact's row has at most 90
@@ -68,7 +69,7 @@ def make_inputs(data: Path, seed: int, folder: Path) -> None:
     for name, rows in {**make_world(seed), GUARD: guard, "told": told}.items():
         write_rows(folder / f"{name}.jsonl", rows)
     with quiet_libraries():
-        for name, learnt in (("untouched", ("retain", "bystander", "forget")), ("reference", ("retain", "bystander"))):
+        for name, learnt in (("untouched", (*KNOWN, "forget")), ("reference", KNOWN)):
             teach(make_folder(data), folder, learnt, folder / name, seed)
 
 
