@@ -21,6 +21,7 @@ from loraprune.words import counted
 AREA, KEPT = 0.10, 0.95  # of relearning above the reference's, at most; of withheld rows, at least
 KEPT_TAUGHT, BEHIND = 0.98, 0.03  # at least; bystanders behind the contestant that keeps most of them, at most
 LEFT, FASTER, ROUNDED = 0.70, 1.30, 0.02  # at most, at least, at most
+ALIKE = 0.02  # of the parameters: a mask that leaves more than that above ours, for its floor, is not of equal size
 YES, IN_MEAN, NO = "yes", "in the mean", "**no**"
 Line = tuple[str, str, str]
 
@@ -64,16 +65,18 @@ def _lines(world: Values, ours: str) -> Iterator[Line]:
     yield _limit("P(forget) in NF4 at most {} higher", cells, lambda one: one["rounded_gap"]["nf4"], most=ROUNDED)
     area = "relearning area at most {} above the reference's"
     yield _limit(area, cells, lambda one: one["relearning_gap"], most=AREA)
-    if controls := _leads(world, ours, "control", "composite_relearning"):
+    if masks := [key for key in _of_role(world, "control") if _left(world, key) <= _left(world, ours) + ALIKE]:
+        leads = [lead_of(world, ours, key, "composite_relearning") for key in masks]
         what = "surely ahead of every mask of equal size, with relearning"
-        yield _led(what, controls, YES if all(one.is_sure for one in controls) else NO)
+        yield _led(what, leads, YES if all(one.is_sure for one in leads) else NO)
+    rivals = _of_role(world, "rival")
     for what, name in (
         ("ahead of every rival, with", "composite_relearning"),
         ("behind no rival, without", "composite"),
     ):
-        if rivals := _leads(world, ours, "rival", name):
-            in_mean = IN_MEAN if all(one.mean > 0 for one in rivals) else NO
-            yield _led(f"{what} relearning", rivals, YES if all(one.is_sure for one in rivals) else in_mean)
+        if leads := [lead_of(world, ours, key, name) for key in rivals]:
+            in_mean = IN_MEAN if all(one.mean > 0 for one in leads) else NO
+            yield _led(f"{what} relearning", leads, YES if all(one.is_sure for one in leads) else in_mean)
 
 
 def _said(met: bool) -> str:
@@ -114,9 +117,12 @@ def _bystanders(world: Values, ours: str) -> Line:
     return what, f"{behind:.3f}, {best}", _said(behind <= BEHIND)
 
 
-def _leads(world: Values, ours: str, role: str, name: str) -> list[Lead]:
-    """Return how far ours is ahead of every contestant of a role."""
-    return [lead_of(world, ours, key, name) for key, one in world["contestants"].items() if one["role"] == role]
+def _of_role(world: Values, role: str) -> list[str]:
+    return [key for key, one in world["contestants"].items() if one["role"] == role]
+
+
+def _left(world: Values, key: str) -> float:
+    return fmean(cell["left"] for cell in world["contestants"][key]["cells"])
 
 
 def lead_of(world: Values, ours: str, key: str, name: str) -> Lead:

@@ -103,10 +103,10 @@ def _run(settings: Settings, folder: Path) -> None:
     run(replace(settings, output=str(folder)), Console(file=io.StringIO()))
 
 
-def _control(retain: Metric | None, forget: Metric | None) -> Contestant:
+def _control(retain: Metric | None, forget: Metric | None, **others: Any) -> Contestant:
     """Return ours with another mask of the same size: same data, same losses, same steps."""
     scored: Scored = {"retain": retain, "forget": forget}
-    return Contestant("control", partial(_ours, scored=scored))
+    return Contestant("control", partial(_ours, scored=scored, **others))
 
 
 OURS = "ours"
@@ -124,6 +124,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "activation ratio": Contestant("rival", _by_activation, tuple({"finish_steps": one} for one in (25, 100, 350))),
     "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (0.3, 1.0, 3.0))),
     "random mask": _control("random", "random"),
+    "random mask, no floor": _control("random", "random", min_retain_performance=0.0),
     "retain-only mask": _control(Settings().metric, None),
     "magnitude mask": _control("magnitude", None),
     "forget-only mask": _control(None, Settings().metric),

@@ -164,6 +164,7 @@ MEANINGS = (
     "ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss of each half of a "
     "batch is taken where relearning the other half would lead, which passes the forget rows twice a step; rivals take "
     "more steps for it, ours not looking ahead takes as many, of fewer rows. "
+    "A mask may end larger than it was asked to, where a smaller one would break the floor; no floor: it goes on. "
     "In the figure of what is kept, the dashed lines are what was asked of ours: "
     f"an area at most {AREA:.2f} above the reference's, and {KEPT:.2f} kept. "
     "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most main memory that it "
