@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from stories260k import find_data as find_stories
 from stories260k import stories
 
 from loraprune.data import load_rows
-from loraprune.folder import write_json
+from loraprune.folder import write_json, write_text
 from loraprune.model import quiet_libraries
 from loraprune.pipeline import run
 from loraprune.scratch import Recipe, make_model
@@ -137,7 +137,7 @@ def make_inputs(
         random.Random(0).shuffle(texts)  # the same for all seeds, whose models lie beside the same files
         sets |= {"guard": pieces(texts[: extent.guard]), "told": pieces(texts[extent.guard :])}
     for name, chosen in sets.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        write_once(folder / f"{name}.jsonl", "\n".join(chosen) + "\n")
     rows = {name: load_rows(str(folder / f"{name}.jsonl"), name=name) for name in sets}
     world = [row for group in rows.values() for row in group]
     known = [*rows["retain"], *rows["bystander"], *rows.get("told", [])]
@@ -165,9 +165,17 @@ def lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write a file of the cache; end where another one is there, for the models beside it were made from that."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{path} is of other rows or another recipe: remove {path.parent} to make it anew.")
+    write_text(path, text)
+
+
 def timed_model(path: Path, rows: Any, world: Any, recipe: Recipe, seed: int) -> float:
     """Make a model where it is not cached; return the seconds that its training took."""
     clock = path.with_suffix(".json")
+    write_once(path.with_suffix(".recipe.json"), json.dumps(asdict(recipe)))
     if not clock.exists():
         begun = time.monotonic()
         make_model(path, rows, world, recipe, seed)
