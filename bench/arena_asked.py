@@ -7,6 +7,7 @@ Symbols  ahead: ours minus theirs on a composite, paired by seed; surely: the 95
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import ge, le
 from statistics import fmean
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ LEFT, FASTER, ROUNDED = 0.70, 1.30, 0.02  # at most, at least, at most
 ALIKE = 0.02  # of the parameters: a mask that leaves more than that above ours, for its floor, is not of equal size
 YES, IN_MEAN, NO = "yes", "in the mean", "**no**"
 Line = tuple[str, str, str]
+Column = Callable[[Values], float]
 
 
 class Lead(NamedTuple):
@@ -56,15 +58,15 @@ def _lines(world: Values, ours: str) -> Iterator[Line]:
     inside = [_band_holds(world, cell) for cell in cells]
     came = f"{sum(inside)} of {counted(len(cells), 'seed')}"
     yield "P(forget) inside the band around the reference's", came, _said(all(inside))
-    yield _limit("of withheld rows, at least {} kept", cells, lambda one: one["kept"][WITHHELD], least=KEPT)
-    yield _limit("of taught rows, at least {} kept", cells, lambda one: one["kept"][TAUGHT], least=KEPT_TAUGHT)
+    yield _limit("of withheld rows, at least {} kept", cells, lambda one: one["kept"][WITHHELD], KEPT, ge)
+    yield _limit("of taught rows, at least {} kept", cells, lambda one: one["kept"][TAUGHT], KEPT_TAUGHT, ge)
     if "bystander" in cells[0]["kept"]:
         yield _bystanders(world, ours)
-    yield _limit("at most {} of the parameters left", cells, lambda one: one["left"], most=LEFT)
-    yield _limit("prefill at least {} times as fast", cells, lambda one: one["prefill"], least=FASTER)
-    yield _limit("P(forget) in NF4 at most {} higher", cells, lambda one: one["rounded_gap"]["nf4"], most=ROUNDED)
+    yield _limit("at most {} of the parameters left", cells, lambda one: one["left"], LEFT, le)
+    yield _limit("prefill at least {} times as fast", cells, lambda one: one["prefill"], FASTER, ge)
+    yield _limit("P(forget) in NF4 at most {} higher", cells, lambda one: one["rounded_gap"]["nf4"], ROUNDED, le)
     area = "relearning area at most {} above the reference's"
-    yield _limit(area, cells, lambda one: one["relearning_gap"], most=AREA)
+    yield _limit(area, cells, lambda one: one["relearning_gap"], AREA, le)
     if masks := [key for key in _of_role(world, "control") if _left(world, key) <= _left(world, ours) + ALIKE]:
         leads = [lead_of(world, ours, key, "composite_relearning") for key in masks]
         what = "surely ahead of every mask of equal size, with relearning"
@@ -91,18 +93,12 @@ def _band_holds(world: Values, cell: Values) -> bool:
     return target.holds(cell["forget"])
 
 
-def _limit(
-    what: str,
-    cells: Sequence[Values],
-    of: Callable[[Values], float],
-    least: float | None = None,
-    most: float | None = None,
-) -> Line:
-    """Return the line of a number whose mean over seeds is to be so much at least, or at most."""
-    mean, half = fmean(map(of, cells)), half_width(list(map(of, cells)))
-    met = mean >= least if least is not None else mean <= (most or 0.0)
+def _limit(what: str, cells: Sequence[Values], of: Column, limit: float, holds: Callable[[float, float], bool]) -> Line:
+    """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le."""
+    numbers = [of(one) for one in cells]
+    mean, half = fmean(numbers), half_width(numbers)
     came = f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
-    return what.format(f"{least or most:.2f}"), came, _said(met)
+    return what.format(f"{limit:.2f}"), came, _said(holds(mean, limit))
 
 
 def _bystanders(world: Values, ours: str) -> Line:
