@@ -48,8 +48,12 @@ def steps_of_rival(settings: Settings, rows: int) -> Values:
 
 
 def rows_of_step(settings: Settings) -> int:
-    """Return the rows that a step passes; a loss that looks ahead passes those of the forget set twice."""
-    return settings.retain_batch_size + settings.forget_batch_size * (2 if settings.relearning_radius else 1)
+    """Return the rows that a step passes.
+
+    A loss that looks ahead passes those of the forget set twice, and reads them once without gradients, for a third.
+    """
+    kept, forgotten = settings.retain_batch_size, settings.forget_batch_size
+    return kept + forgotten + (forgotten + forgotten // 3 if settings.relearning_radius else 0)
 
 
 class Steps(NamedTuple):

@@ -1,5 +1,7 @@
 """Relearning ahead: the forget loss is taken where a step of relearning would bring the adapters, and nowhere stays."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from test_trainer import make_trainer, plain_losses, target, untouched_rows
@@ -26,13 +28,34 @@ def test_every_trained_weight_moves_by_the_radius_the_way_its_gradient_points_an
     before = [one.detach().clone() for one in model.parameters()]
     gradients = [torch.randn_like(one) for one in trained(model)]
     gradients[-1] = None
-    with pytest.raises(KeyboardInterrupt), moved(model, gradients, 0.25):
+    with pytest.raises(KeyboardInterrupt), moved(model, gradients, 0.25, lambda: True):
         for one, old, gradient in zip(trained(model), [before[0], *before[2:]], gradients, strict=True):
             expected = old if gradient is None else old + 0.25 * gradient.sign()
             assert torch.equal(one, expected)
         assert torch.equal(model[0].bias, before[1])
         raise KeyboardInterrupt
     assert all(torch.equal(one, old) for one, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("teaching", "length"), [(1, 0.4), (2, 0.2), (4, 0.05), (None, 0.0)])
+def test_a_step_that_does_not_teach_is_halved_and_where_none_does_nothing_moves(teaching, length):
+    model, asked = small_model(), []
+    before = [one.detach().clone() for one in trained(model)]
+    gradients = [torch.randn_like(one) for one in before]
+
+    def teaches():
+        asked.append([one.detach().clone() for one in trained(model)])
+        return len(asked) == teaching
+
+    def at(length):
+        return [one + length * gradient.sign() for one, gradient in zip(before, gradients, strict=True)]
+
+    with moved(model, gradients, 0.4, teaches):
+        torch.testing.assert_close([one.detach() for one in trained(model)], at(length))
+    assert len(asked) == (teaching or 4)
+    for one, tried in zip(asked, (0.4, 0.2, 0.1, 0.05), strict=False):
+        torch.testing.assert_close(one, at(tried))
+    assert all(torch.equal(one, old) for one, old in zip(trained(model), before, strict=True))
 
 
 def test_gradients_add_up_over_the_losses_and_what_lay_on_the_weights_stays():
@@ -63,12 +86,15 @@ def halves_of(batch):
     return [{name: one[part] for name, one in batch.items()} for part in (slice(middle), slice(middle, None))]
 
 
-@pytest.mark.parametrize("kind", ["npo", "simnpo", "ga"])
+@pytest.mark.parametrize(("kind", "halved"), [("npo", 0), ("simnpo", 0), ("ga", 0), ("npo", 2)])
 def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_what_is_known_here_asks(
-    tmp_path, tokenizer, kind
+    tmp_path, tokenizer, monkeypatch, kind, halved
 ):
     how = {"forget_loss": kind, "relearning_radius": 3.0, "forget_batch_size": 3}  # halves of two rows and of one
     trainer = make_trainer(tmp_path, tokenizer, target(0.0), **how)
+    if halved:
+        answers = cycle([*[False] * halved, True])
+        monkeypatch.setattr(trainer.balance, "_is_likelier", lambda *_: next(answers))
     batch = next(iter(trainer.get_train_dataloader()))
     before = [one.detach().clone() for one in trained(trainer.adapted)]
     found = gradient_of(trainer, batch)
@@ -81,12 +107,12 @@ def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_wha
     halves = halves_of(batch["forget"])
     for half, other in (halves, reversed(halves)):
         towards = towards_relearning(trainer, other)
-        here, _ = log_probability(trainer, other)
+        here, lengths = log_probability(trainer, other)
         with torch.no_grad():  # 3 learning rates of 0.01
             for one, gradient in zip(trained(trainer.adapted), towards, strict=True):
-                one.add_(0.03 * gradient.sign())
+                one.add_(0.03 / 2**halved * gradient.sign())
         there, _ = log_probability(trainer, other)
-        assert there.sum() > here.sum()  # the other half is likelier there
+        assert (there / lengths).sum() > (here / lengths).sum()  # the other half is likelier there
         there, own = log_probability(trainer, half)
         push = forget_loss(kind, there, own, untouched_rows(half), 0.1)
         counts = own.sum() / tokens.sum() if kind == "npo" else len(own) / len(tokens)  # npo is a mean over tokens
@@ -111,6 +137,15 @@ def towards_relearning(trainer, batch):
     return torch.autograd.grad((rows / tokens).sum(), trained(trainer.adapted))
 
 
+def test_a_step_teaches_where_rows_have_become_likelier(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0)
+    parts = halves_of(next(iter(trainer.get_train_dataloader()))["forget"])
+    rows, tokens = zip(*(log_probability(trainer, one) for one in parts), strict=True)
+    now = (torch.cat(rows) / torch.cat(tokens)).detach()
+    assert trainer.balance._is_likelier(trainer.adapted, parts, now - 0.01)
+    assert not trainer.balance._is_likelier(trainer.adapted, parts, now + 0.01)
+
+
 def test_a_row_alone_in_its_batch_is_pushed_where_relearning_itself_leads(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -119,7 +154,7 @@ def test_a_row_alone_in_its_batch_is_pushed_where_relearning_itself_leads(tmp_pa
     kept = kept_gradient(trainer, batch)
     rows, tokens = log_probability(trainer, single)
     way = trainer.steering.target.way_left((rows / tokens).exp().mean().item(), 0.002)
-    with moved(trainer.adapted, towards_relearning(trainer, single), 0.03):
+    with moved(trainer.adapted, towards_relearning(trainer, single), 0.03, lambda: True):
         there, _ = log_probability(trainer, single)
         push = (
             trainer.settings.forget_retain_ratio * way * forget_loss("npo", there, tokens, untouched_rows(single), 0.1)

@@ -8,6 +8,7 @@ Symbols  P = performance; rest = where P of an earlier request's set is held, hi
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -134,10 +135,8 @@ class Balance:
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
         parts = split_batch(batch, size)
-        with torch.no_grad():
-            read = [self._rows_of(model, part)[1].cpu() for part, _ in dealt(parts)]
-        performance = torch.cat(collected(read, len(parts)))
-        yield from self._weighted_parts(model, batch, parts, untouched, weigh(batch["rows"], performance))
+        weights = weigh(batch["rows"], self._read(model, parts).exp())
+        yield from self._weighted_parts(model, batch, parts, untouched, weights)
 
     def _withstood_parts(
         self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
@@ -147,23 +146,37 @@ class Balance:
         They are moved back after each half. A row that is alone in its batch stands for both halves.
         """
         halves = [split_batch(half, size) for half in halves_of(batch)]
-        performances: list[list[Tensor]] = [[] for _ in halves]
+        own: list[list[Tensor]] = [[] for _ in halves]
 
         def likely(into: list[Tensor], part: Mapping[str, Tensor], counts: float) -> Tensor:
-            rows, performance, tokens = self._rows_of(model, part)
-            into.append(performance.cpu())
+            rows, tokens = self._rows_of(model, part)
+            into.append((rows.detach() / tokens).cpu())
             return counts * (rows / tokens).sum()
 
         gradients = [
             gradients_of(model, [partial(likely, into, *one) for one in dealt(parts)])
-            for into, parts in zip(performances, halves, strict=True)
+            for into, parts in zip(own, halves, strict=True)
         ]
-        read = [collected(into, len(parts)) for into, parts in zip(performances, halves, strict=True)]
-        weights = weigh(batch["rows"], torch.cat(joined(read)))
-        own = weights.split([sum(len(part["rows"]) for part in parts) for parts in halves])
-        for parts, weights_of_half, others in zip(halves, own, reversed(gradients), strict=True):
-            with moved(model, others, self.radius):
+        read = [torch.cat(collected(into, len(parts))) for into, parts in zip(own, halves, strict=True)]
+        weights = weigh(batch["rows"], torch.cat(read).exp()).split([len(one) for one in read])
+        for number, (parts, weights_of_half) in enumerate(zip(halves, weights, strict=True)):
+            other = len(halves) - 1 - number
+            teaches = partial(self._is_likelier, model, halves[other], read[other])
+            with moved(model, gradients[other], self.radius, teaches) if weights_of_half.any() else nullcontext():
                 yield from self._weighted_parts(model, batch, parts, untouched, weights_of_half)
+
+    def _is_likelier(self, model: nn.Module, parts: Sequence[Mapping[str, Tensor]], before: Tensor) -> bool:
+        """Say whether rows are likelier than they were, by the mean of log P."""
+        return bool(self._read(model, parts).mean() > before.mean())
+
+    @torch.no_grad()
+    def _read(self, model: nn.Module, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return log P of the rows of all parts, in order, on the CPU; every process reads some parts."""
+        own = []
+        for part, _ in dealt(parts):
+            rows, tokens = self._rows_of(model, part)
+            own.append((rows / tokens).cpu())
+        return torch.cat(collected(own, len(parts)))
 
     def _weighted_parts(
         self,
@@ -181,8 +194,7 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
 
     def _pushed_part(self, model: nn.Module, part: Mapping[str, Tensor], untouched: Tensor, weights: Tensor) -> Tensor:
-        rows, _, tokens = self._rows_of(model, part)
-        return self._forget_loss(rows, tokens, untouched, part["rows"], weights)
+        return self._forget_loss(*self._rows_of(model, part), untouched, part["rows"], weights)
 
     def _forget_loss(self, rows: Tensor, tokens: Tensor, untouched: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
         base, weights = untouched.to(rows.device)[numbers], weights.to(rows.device)
@@ -210,18 +222,17 @@ class Balance:
         return torch.full_like(performance, float(way))
 
     def _pushed_down(self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh) -> Tensor:
-        rows, performance, tokens = self._rows_of(model, batch)
-        weights = weigh(batch["rows"], performance)
+        rows, tokens = self._rows_of(model, batch)
+        weights = weigh(batch["rows"], (rows.detach() / tokens).exp())
         if not weights.any():
             return rows.new_zeros(())
         return self._forget_loss(rows, tokens, untouched, batch["rows"], weights)
 
     @staticmethod
-    def _rows_of(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log p of every row's answer, its P (without a gradient) and its length in tokens."""
+    def _rows_of(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return log p of every row's answer, and its length in tokens."""
         values, counted = answer_log_probabilities(logits_of(model, batch), batch["labels"])
-        rows, tokens = row_sums(values, counted), counted.sum(1)
-        return rows, (rows.detach() / tokens).exp(), tokens
+        return row_sums(values, counted), counted.sum(1)
 
 
 @dataclass(frozen=True)

@@ -220,8 +220,8 @@ class Passes:
     def of_step(self, tokens: Mapping[str, int], names: Sequence[str]) -> list[float]:
         """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
 
-        Where a step goes by parts what is pushed down is first read without gradients, a third of a pass with them, or,
-        for a forget loss that looks ahead, with them.
+        Where a step goes by parts what is pushed down is first read without gradients, a third of a pass with them. A
+        forget loss that looks ahead reads it with them, and once more without, if the first step of relearning teaches.
         """
         most = self._rows_of_pass
         if most is None:
@@ -230,7 +230,7 @@ class Passes:
         for name in names:
             parts = sum(ceil(rows / most[name]) for rows in self._passed_together(name))
             part, ahead = tokens[name] / parts, name == "forget" and self.looks_ahead
-            passes += [part * (1.0 if name == "retain" or ahead else 4 / 3)] * parts * (2 if ahead else 1)
+            passes += [part] * parts * ahead + [part * (1.0 if name == "retain" else 4 / 3)] * parts
         return passes
 
     @property
