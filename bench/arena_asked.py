@@ -1,7 +1,7 @@
 """What was asked of ours in a world of the arena, before any of it was measured, and what came of it.
 
 Reads    a world's values, as arena.py gives them
-Gives    asked_table; AREA, KEPT: two of the limits, for the figure
+Gives    asked_table; AREA, KEPT: two of the limits, for the figure; lead_of and spread: how the page writes both
 Source   -
 Symbols  ahead: ours minus theirs on a composite, paired by seed; surely: the 95% interval holds no 0
 """
@@ -25,7 +25,7 @@ LEFT, FASTER, ROUNDED = 0.70, 1.30, 0.02  # at most, at least, at most
 ALIKE = 0.02  # of the parameters: a mask that leaves more than that above ours, for its floor, is not of equal size
 YES, IN_MEAN, NO = "yes", "in the mean", "**no**"
 Line = tuple[str, str, str]
-Column = Callable[[Values], float]
+Column = Callable[[Values], float]  # a cell's number; NaN: its world has none
 
 
 class Lead(NamedTuple):
@@ -55,7 +55,7 @@ def asked_table(world: Values, ours: str) -> str:
 
 def _lines(world: Values, ours: str) -> Iterator[Line]:
     cells = world["contestants"][ours]["cells"]
-    inside = [_band_holds(world, cell) for cell in cells]
+    inside = [_band_holds(cell) for cell in cells]
     came = f"{sum(inside)} of {counted(len(cells), 'seed')}"
     yield "P(forget) inside the band around the reference's", came, _said(all(inside))
     yield _limit("of withheld rows, at least {} kept", cells, lambda one: one["kept"][WITHHELD], KEPT, ge)
@@ -85,7 +85,7 @@ def _said(met: bool) -> str:
     return YES if met else NO
 
 
-def _band_holds(world: Values, cell: Values) -> bool:
+def _band_holds(cell: Values) -> bool:
     """Say whether a cell's P(forget) is inside the band: the default one, which every world's runs have."""
     reference = {"forget": {"performance": cell["forget"] - cell["performance_gap"]}}
     target = find_target(Settings(forget="forget"), {"reference": reference})
@@ -96,9 +96,13 @@ def _band_holds(world: Values, cell: Values) -> bool:
 def _limit(what: str, cells: Sequence[Values], of: Column, limit: float, holds: Callable[[float, float], bool]) -> Line:
     """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le."""
     numbers = [of(one) for one in cells]
-    mean, half = fmean(numbers), half_width(numbers)
-    came = f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
-    return what.format(f"{limit:.2f}"), came, _said(holds(mean, limit))
+    return what.format(f"{limit:.2f}"), spread(numbers), _said(holds(fmean(numbers), limit))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean over seeds ± half of its interval; the number alone of a single seed."""
+    half = half_width(values)
+    return f"{fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def _bystanders(world: Values, ours: str) -> Line:

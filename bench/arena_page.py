@@ -15,9 +15,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-from arena_asked import AREA, KEPT, asked_table, lead_of
+from arena_asked import AREA, KEPT, Column, asked_table, lead_of, spread
 from arena_contestants import OURS
-from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD, half_width
+from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD
 from arena_worlds import WORLD_WORDS, Values
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -27,7 +27,6 @@ from loraprune.words import counted
 
 SAMPLES, ASKED = ATTACKS["attack_samples"], ATTACKS["attack_rows"]
 COMPOSITES = {"composite": "composite", "composite_relearning": "with relearning"}
-Column = Callable[[Values], float]  # a cell's number; NaN: its world has none
 FORGOTTEN_AND_KEPT: dict[str, Column] = {
     "P - ref.": lambda one: one["performance_gap"],
     "ES - ref.": lambda one: one["extraction_strength_gap"],
@@ -98,18 +97,12 @@ def _columns(world: Values, columns: Mapping[str, Column]) -> dict[str, dict[str
     for title, of in columns.items():
         numbers = {key: [of(cell) for cell in one["cells"]] for key, one in world["contestants"].items()}
         if not any(isnan(number) for values in numbers.values() for number in values):
-            shown[title] = {key: _spread(values, 0 if title in WHOLE else 3) for key, values in numbers.items()}
+            shown[title] = {key: spread(values, 0 if title in WHOLE else 3) for key, values in numbers.items()}
     return shown
 
 
 def _point(one: Values) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Return the mean over seeds ± half of its interval; the number alone of a single seed."""
-    half = half_width(values)
-    return f"{fmean(values):.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def _ahead(world: Values, key: str, name: str) -> str:
