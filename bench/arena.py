@@ -1,7 +1,8 @@
 """Arena: does pruning by dual importance unlearn better than forget losses alone, other prunings, masks of equal size?
 
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
-         point, and are not made again: empty it when the code has changed
+         point, and are not made again: empty it when the code has changed. Cells that bench/results/arena.json holds
+         count as made where the world comes out the same; --anew takes none from there
 Gives    bench/results/arena.json, where worlds that are not asked for stay as they are; docs/arena.png,
          docs/arena_frontier.png, docs/arena_relearning.png and the section of docs/results.md
 Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from arena_cells import Cell, Checkpoint, End, fill, made_worlds
+from arena_cells import Cell, Checkpoint, End, fill, made_worlds, put_back
 from arena_contestants import CONTESTANTS, QUICK
 from arena_marks import judge
 from arena_page import draw, draw_frontier, draw_relearning, section
@@ -48,6 +49,7 @@ def main() -> None:
         action="store_true",
         help="as --defaults, on the first world and seed, few contestants unless some are named; the page stays",
     )
+    parser.add_argument("--anew", action="store_true", help="take no cells from the results of earlier calls")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of one thread")
     options = parser.parse_args()
     beyond = [name for name in options.worlds if name not in here]
@@ -61,6 +63,9 @@ def main() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the processes with it
     with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two calls would make the same cell
+        if not options.anew:
+            for name, world in earlier().items():
+                put_back(name, world)
         made = made_worlds(worlds, seeds, options.jobs)
         values = compete(made, names, options.quick or options.defaults, options.jobs)
     values = values if options.quick else with_earlier(values)
@@ -77,10 +82,15 @@ def main() -> None:
         write_results("arena", values, text)
 
 
+def earlier() -> Values:
+    """Return what earlier calls left in the results."""
+    path = results_path("arena")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def with_earlier(values: Values) -> Values:
     """Return these worlds and those that earlier calls left in the results, whose seeds may be others, in order."""
-    path = results_path("arena")
-    known = {**(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}), **values}
+    known = {**earlier(), **values}
     return {name: known[name] for name in WORLDS if name in known}
 
 
@@ -138,7 +148,7 @@ class Contest:
         marks, ends = cell.marks(), self.ends[cell.world.seed]
         spent = {name: one for name, one in cell.made().items() if name != "contestant"}
         numbers = judge(marks, **{role: end.marks() for role, end in ends.items()})
-        return {"seed": cell.world.seed, **spent, "marks": marks, **numbers}
+        return {"seed": cell.world.seed, **cell.known_by(), **spent, "marks": marks, **numbers}
 
     def values(self) -> Values:
         """Return what the page shows of this world."""

@@ -1,7 +1,7 @@
 """Cells of the arena: each is made and measured in a process of its own, several at once where asked.
 
-Reads    worlds; what earlier calls left in bench/cache/arena
-Gives    Cell, End, fill: makes what is missing; made_worlds
+Reads    worlds; what earlier calls left in bench/cache/arena, or in the results
+Gives    Cell, End, fill: makes what is missing; made_worlds; put_back: cells from the results
 Source   -
 Symbols  MiB = 2^20 bytes; peak = the most memory that a process ever held, its libraries and mapped files too
 """
@@ -26,12 +26,16 @@ from arena_marks import marks_key, measure_marks
 from arena_worlds import CACHE, WORLDS, Values, World
 
 from loraprune.attacked import Role
+from loraprune.cache import program_identity
 from loraprune.folder import write_json
 from loraprune.memory import peak_bytes
 from loraprune.model import quiet_libraries
 
 NEW = get_context("spawn")
 MIB = 2**20
+MADE = "made.json"
+SPENT = ("point", "machine", "source", "seconds", "before_mib", "peak_mib", "jobs")  # what it holds beside its name
+SHOWN_OF_HASH = 8  # hexadecimal digits that tell one source from another
 
 
 # --- what is made -----------------------------------------------------------------------------------------------------
@@ -98,19 +102,23 @@ class Cell(Checkpoint):
 
     @property
     def made_path(self) -> Path:
-        return self.folder / "made.json"
+        return self.folder / MADE
 
     def is_full(self) -> bool:
         return self.made_path.exists() and super().is_full()
 
     def made(self) -> Values:
         """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once; and
-        on what machine."""
+        on what machine, by which source."""
         return read(self.made_path)
+
+    def known_by(self) -> Values:
+        """Return the names under which `put_back` finds a cell and its marks again."""
+        return {"key": self.folder.name, "marks_key": self.marks_path.stem}
 
     def make(self, jobs: int) -> None:
         """Write the checkpoint and, last, what it took: without that it is no cell, and is made anew."""
-        if self.made_path.exists():
+        if self.made_path.exists() and self.model.exists():
             return
         print(f"{self.world.name} {self.world.seed}: {self.contestant} {self.point}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -119,6 +127,7 @@ class Cell(Checkpoint):
         CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
         spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
         known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
+        known |= {"source": program_identity()["source"][:SHOWN_OF_HASH]}
         write_json(self.made_path, {**known, **spent})
 
 
@@ -154,6 +163,20 @@ def _make_world(name: str, seeds: Sequence[int]) -> None:
     with quiet_libraries():
         for seed in seeds:
             WORLDS[name](seed)
+
+
+def put_back(name: str, world: Values) -> None:
+    """Write what the results hold of a world's cells where `fill` looks for them, without their models.
+
+    A cell stands under the hash of its content, so one of other models, rows or settings is not taken for it.
+    """
+    for contestant, one in world["contestants"].items():
+        for cell in [*one["tried"], *one["cells"]]:
+            folder = CACHE / f"{name}-{cell['seed']}" / cell["key"]
+            if not (folder / MADE).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / f"{cell['marks_key']}.json", cell["marks"])
+                write_json(folder / MADE, {"contestant": contestant, **{part: cell[part] for part in SPENT}})
 
 
 def fill(checkpoints: Sequence[Checkpoint], jobs: int) -> None:

@@ -123,12 +123,13 @@ def _searched(world: Values) -> str:
 
 
 def _machine(world: Values) -> str:
-    """Return what the cells were made on, and what of their peak is there before anything is made."""
+    """Return what the cells were made on, by which code, and what of their peak is there before anything is made."""
     cells = [cell for one in world["contestants"].values() for cell in one["cells"]]
     machines, jobs = sorted({cell["machine"] for cell in cells}), max(cell["jobs"] for cell in cells)
-    before = fmean(cell["before_mib"] for cell in cells)
+    before, sources = fmean(cell["before_mib"] for cell in cells), sorted({cell["source"] for cell in cells})
     return (
-        f"Made on {' and '.join(machines)}, which other work may have shared, at most {counted(jobs, 'cell')} at once; "
+        f"Made by source {' and '.join(sources)} on {' and '.join(machines)}, which other work may have shared, at "
+        f"most {counted(jobs, 'cell')} at once; "
         f"libraries and rows take {before:.0f} MiB of the peak."
     )
 
