@@ -31,6 +31,14 @@ def test_channels_end_at_a_multiple_or_stay_as_they_are(round_to, minimum, width
     assert allowed_widths("ffn_channel", GROUPS, rules) == widths
 
 
+@pytest.mark.parametrize("channels", [255, 256, 257])
+def test_wide_layers_lose_channels_by_eights_unless_another_multiple_is_asked_for(channels):
+    groups = meta_groups(LlamaConfig(**{**SIZES, "intermediate_size": channels}))
+    lower = [width for width in range(channels - 1, 0, -1) if channels < 256 or width % 8 == 0]
+    assert allowed_widths("ffn_channel", groups, Rules()) == [channels, *lower]
+    assert allowed_widths("ffn_channel", groups, Rules(round_to=1)) == list(range(channels, 0, -1))
+
+
 def test_attention_keeps_head_counts_that_the_familys_config_takes_whatever_channels_are_rounded_to():
     assert allowed_widths("kv_group", GROUPS, Rules(round_to=8)) == [4, 3, 2, 1]
     assert allowed_widths("kv_group", STIFF, Rules(round_to=8)) == [8, 4, 2, 1]

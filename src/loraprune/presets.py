@@ -18,6 +18,7 @@ _LORAPRUNE: Mapping[str, Any] = {
     "moving_average": 0.9,
     "budget": "layer",
     "widths": "per_layer",
+    "round_to": 1,
     "prune_every": 10,
     "lora_rank": 8,
     "lora_alpha": 16,

@@ -289,10 +289,11 @@ class Settings:
         "Whether every layer keeps the same number of groups of a kind (uniform: stock transformers loads the result), "
         "or each layer its own (per_layer: the result brings its modelling code along).",
     )
-    round_to: int = setting(
-        1,
+    round_to: int | None = setting(
+        None,
         "decision",
-        "Feed-forward widths that lose channels end at a multiple of this; 64 or 128 run best on GPUs.",
+        "Feed-forward widths that lose channels end at a multiple of this; 64 or 128 run best on GPUs. Unset: 8 where "
+        "layers have 256 channels or more, else 1.",
         allowed=AT_LEAST_ONE,
     )
 
