@@ -47,6 +47,7 @@ from loraprune.model import (
 from loraprune.quantised import weight_bytes
 from loraprune.records import DatasetType, Mask, Sensitivity
 from loraprune.rules import smallest_share
+from loraprune.schedule import first_pruning_step
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import PLAIN_BITS, Settings
 from loraprune.steering import NOT_LOOKED_AT, Ceiling, Probe, Probes, Steering
@@ -241,7 +242,8 @@ class Trial:
         plain: list[float] = []
         scored: list[float] = []
         for number, tokens in enumerate(self.passes.step_tokens):
-            passes = self.passes.of_step(tokens, self.passes.taken_back)
+            ahead = number >= first_pruning_step(self.settings)
+            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=ahead)
             (scored if number in self.scored_steps else plain).extend(passes)
         seconds = costs["train"].seconds(plain)
         if not scored:
