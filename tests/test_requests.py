@@ -109,7 +109,7 @@ def test_a_model_that_lost_too_much_already_is_refused_before_anything_is_traine
 def test_with_other_floor_rows_the_original_has_to_be_named_to_be_held_against(requests, small_world, tmp_path):
     retain = [json.loads(line) for line in (small_world / "retain.jsonl").read_text().splitlines()]
     fewer = write_rows(tmp_path / "retain.jsonl", retain[: 8 * ROWS_PER_PERSON])
-    short = {"prune_rounds": 1, "prune_every": 2, "warmup_steps": 2, "finish_steps": 2, "sparsity": 0.01}
+    short = {"prune_rounds": 1, "prune_every": 2, "warmup_steps": 2, "finish_steps": 2, "sparsity": 0.02}
     own = {"model": str(requests[0].folder / "model"), "retain": fewer, "min_retain_performance": 0.5, **short}
     report = run(Settings(**world_values(small_world, tmp_path / "a", **own)))
     assert report.metrics["retention_against"] == "given model"
@@ -123,7 +123,7 @@ def test_with_other_floor_rows_the_original_has_to_be_named_to_be_held_against(r
     assert report.metrics["floor"]["retention"] == pytest.approx(after / original)
 
 
-SHORT = {"prune_rounds": 1, "prune_every": 2, "warmup_steps": 2, "finish_steps": 2, "sparsity": 0.01}
+SHORT = {"prune_rounds": 1, "prune_every": 2, "warmup_steps": 2, "finish_steps": 2, "sparsity": 0.02}
 
 
 def test_a_ledger_of_other_weights_is_left_aside_and_that_is_said(requests, small_world, tmp_path, capsys):

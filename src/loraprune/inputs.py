@@ -248,7 +248,7 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
         raise UserError(
             f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
             WIDTHS_THAT_STAND,
-            f"raise {flag(name)} to at least {enough:g}, or lower --round-to.",
+            f"raise {flag(name)} to at least {enough:g}, or give a lower --round-to.",
         )
 
 
