@@ -241,9 +241,9 @@ class Trial:
         """Return the seconds of all training steps, each with its forget loss."""
         plain: list[float] = []
         scored: list[float] = []
+        first = first_pruning_step(self.settings)
         for number, tokens in enumerate(self.passes.step_tokens):
-            ahead = number >= first_pruning_step(self.settings)
-            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=ahead)
+            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=number >= first)
             (scored if number in self.scored_steps else plain).extend(passes)
         seconds = costs["train"].seconds(plain)
         if not scored:
