@@ -32,11 +32,12 @@ def test_channels_end_at_a_multiple_or_stay_as_they_are(round_to, minimum, width
 
 
 @pytest.mark.parametrize("channels", [255, 256, 257])
-def test_wide_layers_lose_channels_by_eights_unless_another_multiple_is_asked_for(channels):
+def test_to_a_size_wide_layers_lose_channels_by_eights_unless_another_multiple_is_asked_for(channels):
     groups = meta_groups(LlamaConfig(**{**SIZES, "intermediate_size": channels}))
     lower = [width for width in range(channels - 1, 0, -1) if channels < 256 or width % 8 == 0]
-    assert allowed_widths("ffn_channel", groups, Rules()) == [channels, *lower]
-    assert allowed_widths("ffn_channel", groups, Rules(round_to=1)) == list(range(channels, 0, -1))
+    assert allowed_widths("ffn_channel", groups, Rules(all_may_go=True)) == [channels, *lower]
+    for single in (Rules(), Rules(all_may_go=True, widths="per_layer"), Rules(all_may_go=True, round_to=1)):
+        assert allowed_widths("ffn_channel", groups, single) == list(range(channels, 0, -1))
 
 
 def test_attention_keeps_head_counts_that_the_familys_config_takes_whatever_channels_are_rounded_to():

@@ -100,17 +100,19 @@ def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[i
 
 def _may_stand(kind: GroupKind, width: int, groups: ModelGroups, rules: Rules) -> bool:
     if kind == "ffn_channel":
-        return width % (rules.round_to or default_round_to(groups)) == 0
+        return width % (rules.round_to or default_round_to(groups, rules)) == 0
     even = width % groups.layers[kind][0].divisions == 0
     return even and (rules.widths == "per_layer" or width in groups.allowed_attention)
 
 
-def default_round_to(groups: ModelGroups) -> int:
+def default_round_to(groups: ModelGroups, rules: Rules) -> int:
     """Return what the widths of cut layers are multiples of where nothing was asked for.
 
-    Matrices of other widths take longer to multiply: on a processor, a tenth of what reading a prompt takes in all.
+    Matrices of other widths take longer to multiply: on a processor, a tenth of what reading a prompt takes in all. Not
+    so where only candidates may go, or each layer has its own width: eight at once would take along what must stay.
     """
-    return ROUND_TO if groups.count("ffn_channel") >= ROUNDED_FROM else 1
+    to_a_size = rules.all_may_go and rules.widths == "uniform"
+    return ROUND_TO if to_a_size and groups.count("ffn_channel") >= ROUNDED_FROM else 1
 
 
 def smallest_step(groups: ModelGroups, rules: Rules, kept: Mask | None = None) -> int:

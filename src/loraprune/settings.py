@@ -293,7 +293,7 @@ class Settings:
         None,
         "decision",
         "Feed-forward widths that lose channels end at a multiple of this; 64 or 128 run best on GPUs. Unset: 8 where "
-        "layers have 256 channels or more, else 1.",
+        "a sparsity is reached by difference, under uniform widths, in layers of 256 channels or more, else 1.",
         allowed=AT_LEAST_ONE,
     )
 
