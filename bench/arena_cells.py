@@ -168,10 +168,11 @@ def _make_world(name: str, seeds: Sequence[int]) -> None:
 def put_back(name: str, world: Values) -> None:
     """Write what the results hold of a world's cells where `fill` looks for them, without their models.
 
-    A cell stands under the hash of its content, so one of other models, rows or settings is not taken for it.
+    A cell stands under the hash of its content, so one of other models, rows or settings is not taken for it. Cells
+    without a key, from before the results held one, stay where they are. The code is in no key: a cell says its source.
     """
     for contestant, one in world["contestants"].items():
-        for cell in [*one["tried"], *one["cells"]]:
+        for cell in (cell for cell in [*one["tried"], *one["cells"]] if "key" in cell):
             folder = CACHE / f"{name}-{cell['seed']}" / cell["key"]
             if not (folder / MADE).exists():
                 folder.mkdir(parents=True, exist_ok=True)

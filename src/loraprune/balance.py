@@ -120,8 +120,8 @@ class Balance:
 
         Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
         that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
-        first. `ahead`: the forget loss is taken from moved adapters, and differs from that of `loss`; the steps of such
-        a run that come before pass no more rows at once.
+        first. `ahead`: the forget loss is taken from moved adapters, and differs from that of `loss`; before
+        the first pruning step the forget batch goes by halves all the same, so that no pass is larger.
         """
         batch = inputs["retain"]
         for part, weight in dealt(split_batch(batch, size)):

@@ -217,7 +217,7 @@ class Passes:
         self.trainer.adapted.zero_grad(set_to_none=True)
         self.trainer.adapted.eval()
 
-    def of_step(self, tokens: Mapping[str, int], names: Sequence[str], *, ahead: bool = False) -> list[float]:
+    def of_step(self, tokens: Mapping[str, int], names: Sequence[str], *, ahead: bool) -> list[float]:
         """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
 
         Where a step goes by parts what is pushed down is first read without gradients, a third of a pass with them. A

@@ -190,8 +190,8 @@ class LoRAPruneTrainer(Trainer):
         model.train()
         state, total = self.run_state, torch.zeros((), device=self.args.device)
         ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
-        ends["ahead"] = state.step >= self.looks_ahead_from
-        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, **ends):
+        ahead = state.step >= self.looks_ahead_from
+        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, ahead=ahead, **ends):
             with self._watched(part.rows):
                 loss = part.loss()
                 self.accelerator.backward(loss)

@@ -47,7 +47,6 @@ from loraprune.model import (
 from loraprune.quantised import weight_bytes
 from loraprune.records import DatasetType, Mask, Sensitivity
 from loraprune.rules import smallest_share
-from loraprune.schedule import first_pruning_step
 from loraprune.sensitivity import SensitivityDict, nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import PLAIN_BITS, Settings
 from loraprune.steering import NOT_LOOKED_AT, Ceiling, Probe, Probes, Steering
@@ -223,7 +222,7 @@ class Trial:
             "evaluate after": evaluate,
         }
         steps = self.passes.step_tokens[: self.settings.recovery_steps]
-        repair = joined(self.passes.of_step(one, ["retain"]) for one in steps)
+        repair = joined(self.passes.of_step(one, ["retain"], ahead=False) for one in steps)
         return {
             "stages": [{"stage": name, "seconds": round(one, 3)} for name, one in stages.items()],
             "total_seconds": round(sum(stages.values()), 3),
@@ -241,9 +240,8 @@ class Trial:
         """Return the seconds of all training steps, each with its forget loss."""
         plain: list[float] = []
         scored: list[float] = []
-        first = first_pruning_step(self.settings)
         for number, tokens in enumerate(self.passes.step_tokens):
-            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=number >= first)
+            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=number >= self.trainer.looks_ahead_from)
             (scored if number in self.scored_steps else plain).extend(passes)
         seconds = costs["train"].seconds(plain)
         if not scored:
