@@ -131,7 +131,7 @@ def test_a_sparsity_below_the_smallest_step(capsys, given, name):
 def test_a_model_of_which_nothing_can_go(capsys, given, sparsity):
     text = refusal(capsys, given, "--min-groups-per-layer", "24", *sparsity)
     assert "nothing can be cut" in text and "4 of 4 kv_groups and 24 of 24 ffn_channels" in text
-    assert "--min-groups-per-layer" in text and "--round-to" in text
+    assert "at least 24 groups of each kind (--min-groups-per-layer), channels in multiples of 1 (--round-to)" in text
 
 
 @pytest.mark.parametrize("value", ["1.2", "-0.5"])

@@ -6,7 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILY_CONFIGS, HEAD_CONFIGS, KINDS, SIZES, adapted, make_batch, make_mask, make_model, run_values
+from conftest import (
+    FAMILY_CONFIGS,
+    GROUPED,
+    HEAD_CONFIGS,
+    KINDS,
+    SIZES,
+    SPECIAL,
+    adapted,
+    make_batch,
+    make_mask,
+    make_model,
+    make_tokenizer,
+    run_values,
+    save_inputs,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraprune.decision import decide_compression, decide_unlearning
@@ -729,4 +743,16 @@ def test_a_run_with_rounded_widths_leaves_a_checkpoint_of_such_a_width_that_stoc
     value = json.loads((run_folder / "rounded" / "decision.json").read_text())
     assert value["kept_by_layer"]["ffn_channel"] == [model.config.intermediate_size] * 2
     assert value["smallest_step"] == min(8 * 192, 1536) / 27488
+    assert value["round_to"] == 8
     assert 0.2 - value["smallest_step"] < report.metrics["sparsity"] <= 0.2
+
+
+@pytest.mark.parametrize(("changes", "multiple"), [({}, 8), ({"order": "share"}, 1), ({"sparsity": None}, 1)])
+def test_a_run_on_wide_layers_writes_by_how_many_its_channels_went(run_folder, tmp_path, changes, multiple):
+    save_inputs(tmp_path, LlamaConfig(**{**SIZES, **GROUPED, **SPECIAL, "intermediate_size": 256}), make_tokenizer())
+    values = run_values(tmp_path, "out", min_retain_performance=0.0, unlearning_threshold=0.0)
+    report = run(Settings(**{**values, "sparsity": 0.1, "prune_rounds": 1, **changes}))
+    value = json.loads((report.folder / "decision.json").read_text())
+    (width,) = set(value["kept_by_layer"]["ffn_channel"])
+    assert value["round_to"] == multiple
+    assert width < 256 and (multiple == 1 or width % multiple == 0)

@@ -136,6 +136,12 @@ def test_a_refused_folder_says_every_setting_that_would_have_to_be_as_it_was(tmp
         RunFolder(tmp_path, Settings(output=str(tmp_path), seed=1, lora_rank=4)).check()
 
 
+def test_a_setting_that_nobody_gave_is_called_unset_in_a_refused_folder(tmp_path):
+    RunFolder(tmp_path, Settings(output=str(tmp_path), round_to=8)).open()
+    with pytest.raises(UserError, match="round_to was 8, now unset"):
+        RunFolder(tmp_path, Settings(output=str(tmp_path))).check()
+
+
 @pytest.fixture(scope="module")
 def finished(run_folder):
     run(Settings(**run_values(run_folder, "kept_locked")))

@@ -235,6 +235,7 @@ def test_every_metric_prunes_a_model_by_passes_of_its_own(run_folder, metric):
         ({"score_from": "training", "score_every": 11}, "nothing would ever be scored"),
         ({"preset": "released", "prune_rounds": 1}, "never prunes"),
         ({"preset": "released", "sparsity": 0.99}, "of a layer's groups cannot be had"),
+        ({"sparsity_of": "groups", "budget": "layer", "sparsity": 0.1, "round_to": 8}, "between 0.3334 and 0.666"),
         ({"attention_ratio": 0.0, "sparsity": 0.3}, "cannot be reached"),
         ({"sparsity_of": "groups", "budget": "layer", "min_retain_performance": 0.5}, "a floor is set"),
         ({"score_from": "training", "metric": "activation"}, "reads no gradient"),

@@ -128,9 +128,9 @@ class Balance:
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weigh in self._weighers(forgetting, forget_weight).items():
             if name in inputs:
-                by_halves = name == "forget" and self.looks_ahead(forgetting)
-                batches = halves_of(inputs[name]) if by_halves else [inputs[name]]
-                pushed = self._withstood_parts if by_halves and ahead else self._pushed_parts
+                halved = name == "forget" and self.by_halves(forgetting)
+                batches = halves_of(inputs[name]) if halved else [inputs[name]]
+                pushed = self._withstood_parts if halved and ahead else self._pushed_parts
                 halves = [split_batch(one, size) for one in batches]
                 yield from pushed(model, inputs[name], self.untouched[name], weigh, halves)
 
@@ -139,8 +139,8 @@ class Balance:
         share = weight * answer_tokens(part).sum() / answer_tokens(whole).sum()
         return share * retain_loss(logits_of(model, part), part["labels"])
 
-    def looks_ahead(self, forgetting: bool) -> bool:
-        """Say whether steps take their forget loss from moved adapters: then all go by parts, whatever their size."""
+    def by_halves(self, forgetting: bool) -> bool:
+        """Say whether the forget batch goes by halves, for the run looks ahead: then all go by parts of some size."""
         return bool(self.radius) and self.sets.forget is not None and "forget" in self._weighers(forgetting, 1.0)
 
     def _pushed_parts(

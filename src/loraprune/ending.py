@@ -24,7 +24,7 @@ from loraprune.model import attach_lora, load_measured, load_model
 from loraprune.processes import first_does
 from loraprune.pruning import ModelState, restore_state
 from loraprune.records import Limit, Look, Mask, ModelGroups, removal_columns
-from loraprune.rules import Rules, removed_share, smallest_share
+from loraprune.rules import Rules, channel_multiple, removed_share, smallest_share
 from loraprune.settings import Settings
 from loraprune.steering import Steering, first_acceptable, look_at
 
@@ -101,6 +101,7 @@ def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mas
             "ended_by": state.ended_by,
             "steps": state.step,
             "smallest_step": smallest_share(groups, rules, mask),
+            "round_to": channel_multiple(groups, rules),  # in force, whether it was set or not
             "reached": removed_share(mask, groups, rules),  # of what sparsity is asked for
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite

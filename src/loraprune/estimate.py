@@ -247,7 +247,7 @@ class Passes:
     @property
     def looks_ahead(self) -> bool:
         """Say whether the forget loss is taken from moved adapters."""
-        return self.trainer.balance.looks_ahead(forgetting=True)
+        return self.trainer.balance.by_halves(forgetting=True)
 
     def _passed_together(self, name: str) -> list[int]:
         """Return the rows of a set that may share a pass: of a forget loss that looks ahead those of half a batch."""

@@ -26,7 +26,7 @@ from loraprune.errors import UserError
 from loraprune.events import read_events
 from loraprune.launch import here
 from loraprune.processes import all_do, first_does
-from loraprune.setting import flag
+from loraprune.setting import flag, value_text
 from loraprune.settings import Settings, as_values
 from loraprune.settings_file import settings_from
 
@@ -239,7 +239,10 @@ class RunFolder:
         names = [name for name in before.changed(self.settings) if name not in CHANGEABLE]
         if not names:
             return
-        changes = ", ".join(f"{name} was {getattr(before, name)}, now {getattr(self.settings, name)}" for name in names)
+        changes = ", ".join(
+            f"{name} was {value_text(getattr(before, name))}, now {value_text(getattr(self.settings, name))}"
+            for name in names
+        )
         raise UserError(
             f"{self.path} holds a run with other settings: {changes}.",
             "going on would mix two runs, and the evidence would belong to neither.",

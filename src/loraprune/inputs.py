@@ -33,9 +33,19 @@ from loraprune.groups import meta_groups, refuse_per_layer
 from loraprune.length import refuse_idle, resolved
 from loraprune.model import adapted_projections, check_machine, checked_config, load_tokenizer
 from loraprune.records import ModelGroups
-from loraprune.rules import Rules, allowed_widths, frozen_layers, most_removable, open_kinds, smallest_step
+from loraprune.rules import (
+    Rules,
+    allowed_widths,
+    channel_multiple,
+    frozen_layers,
+    most_removable,
+    open_kinds,
+    smallest_share,
+    smallest_step,
+)
 from loraprune.setting import flag
 from loraprune.settings import Settings
+from loraprune.words import counted
 
 OPTIONAL_SETS = ("holdout", "bystander", "guard")
 
@@ -194,12 +204,6 @@ def _refuse_unseen_kind(settings: Settings, groups: ModelGroups, adapted: Sequen
             )
 
 
-WIDTHS_THAT_STAND = (
-    "a layer keeps --min-groups-per-layer groups of each kind, channels in multiples of --round-to, and under "
-    "--widths uniform only head counts that the family's config takes."
-)
-
-
 def _refuse_unreachable(settings: Settings, groups: ModelGroups) -> None:
     """Refuse a goal that cannot be had under the widths that may stand."""
     rules = Rules.of(settings)
@@ -207,7 +211,7 @@ def _refuse_unreachable(settings: Settings, groups: ModelGroups) -> None:
     if most_removable(groups, rules) == 0:
         raise UserError(
             f"nothing can be cut: {_lowest_widths(groups, rules)}.",
-            WIDTHS_THAT_STAND,
+            _widths_that_stand(groups, rules),
             "lower --min-groups-per-layer or --round-to, or freeze fewer layers.",
         )
     if rules.of_groups:
@@ -221,12 +225,12 @@ def _refuse_unreachable(settings: Settings, groups: ModelGroups) -> None:
 
 def _refuse_too_large_a_share(sparsity: float, groups: ModelGroups, rules: Rules) -> None:
     untouched, *lower = allowed_widths("ffn_channel", groups, rules)
-    most = (untouched - min(lower, default=untouched)) / untouched
-    if sparsity > most or 1 / untouched > sparsity:
+    least, most = smallest_share(groups, rules), (untouched - min(lower, default=untouched)) / untouched
+    if sparsity > most or least > sparsity:
         raise UserError(
             f"sparsity {sparsity:g} of a layer's groups cannot be had; {_lowest_widths(groups, rules)}.",
-            WIDTHS_THAT_STAND,
-            f"set --sparsity between {1 / untouched:.3g} and {floor(most * 1000) / 1000:g}.",
+            _widths_that_stand(groups, rules),
+            f"set --sparsity between {ceil(least * 10_000) / 10_000:g} and {floor(most * 1000) / 1000:g}.",
         )
 
 
@@ -236,7 +240,7 @@ def _refuse_too_much(sparsity: float, groups: ModelGroups, rules: Rules) -> None
         raise UserError(
             f"sparsity {sparsity:g} cannot be reached: at most {most:.3f} of all parameters are prunable; "
             f"{_lowest_widths(groups, rules)}.",
-            f"embeddings stay whole; {WIDTHS_THAT_STAND}",
+            f"embeddings stay whole; {_widths_that_stand(groups, rules)}",
             f"lower --sparsity to at most {floor(most * 1000) / 1000:g}, or --min-groups-per-layer or --round-to.",
         )
 
@@ -247,9 +251,19 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
         enough = ceil(step / groups.total_parameters * 10_000) / 10_000
         raise UserError(
             f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
-            WIDTHS_THAT_STAND,
+            _widths_that_stand(groups, rules),
             f"raise {flag(name)} to at least {enough:g}, or give a lower --round-to.",
         )
+
+
+def _widths_that_stand(groups: ModelGroups, rules: Rules) -> str:
+    """Return in words what any decision obeys."""
+    least, multiple = rules.min_groups_per_layer, channel_multiple(groups, rules)
+    return (
+        f"a layer keeps at least {counted(least, 'group')} of each kind (--min-groups-per-layer), channels in "
+        f"multiples of {multiple} (--round-to), and under --widths uniform only head counts that the family's config "
+        "takes."
+    )
 
 
 def _lowest_widths(groups: ModelGroups, rules: Rules) -> str:

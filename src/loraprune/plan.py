@@ -27,6 +27,7 @@ from loraprune.pipeline import find_original, measure_sets, refuse_changed_input
 from loraprune.progress import stage
 from loraprune.quantised import quietly
 from loraprune.records import Decision, GroupKind, Mask, ModelGroups
+from loraprune.rules import channel_multiple
 from loraprune.schedule import last_sparsity
 from loraprune.sensitivity import SensitivityDict
 from loraprune.settings import Settings
@@ -251,6 +252,7 @@ def checkpoint_values(config: PretrainedConfig, groups: ModelGroups, goal: Mask,
     return {
         "form": form_of(written),
         "widths": settings.widths,
+        "round_to": channel_multiple(groups, Rules.of(settings)),
         "attention_unit": unit,
         f"{unit}s": groups.count(unit),
         "classes": classes,

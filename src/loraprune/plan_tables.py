@@ -138,11 +138,12 @@ def overlap_lines(overlap: Values | None) -> list[str]:
 
 def checkpoint_lines(checkpoint: Values) -> list[str]:
     """Return which form and class the result has, by the attention groups left, and what else can read it."""
-    goal, unit = checkpoint["goal"], checkpoint["attention_unit"]
+    goal, unit, multiple = checkpoint["goal"], checkpoint["attention_unit"], checkpoint["round_to"]
     lines = [
         f"checkpoint: {FORMS[checkpoint['form']]}; pruned at once to sparsity {goal['sparsity']:.3f} it "
         f"would be {goal['class']} with {_span_text(goal[f'{unit}s'])} of {checkpoint[f'{unit}s']} {unit}s and "
         f"{_span_text(goal['ffn_channels'])} ffn_channels a layer"
+        + (f", which go by multiples of {multiple} (--round-to)" if multiple > 1 else "")
     ]
     for name, counts in checkpoint["classes"].items():
         lines.append(f"  {name} with {', '.join(map(str, counts))} {unit}s")

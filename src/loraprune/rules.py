@@ -1,7 +1,7 @@
 """Rules: what every decision obeys, and the widths that may stand under it.
 
 Reads    Settings, ModelGroups, the present mask
-Gives    Rules, allowed_widths, smallest_step, most_removable
+Gives    Rules, allowed_widths, channel_multiple, smallest_step, most_removable
 Source   -
 Symbols  width = the number of groups of a kind that a layer keeps
 """
@@ -90,8 +90,8 @@ def open_kinds(groups: ModelGroups, rules: Rules) -> tuple[GroupKind, ...]:
 def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[int]:
     """Return the numbers of groups that a layer may keep, the untouched one first, falling.
 
-    Channels come in multiples of `round_to`, or of what `default_round_to` gives; under uniform widths, kv_groups in
-    numbers that the family's config takes; q_heads so too, as many of each kv_group under any widths.
+    Channels come in multiples of `channel_multiple`; under uniform widths, kv_groups in numbers that the family's
+    config takes; q_heads so too, as many of each kv_group under any widths.
     """
     untouched = groups.count(kind)
     lower = range(untouched - 1, rules.min_groups_per_layer - 1, -1)
@@ -100,17 +100,19 @@ def allowed_widths(kind: GroupKind, groups: ModelGroups, rules: Rules) -> list[i
 
 def _may_stand(kind: GroupKind, width: int, groups: ModelGroups, rules: Rules) -> bool:
     if kind == "ffn_channel":
-        return width % (rules.round_to or default_round_to(groups, rules)) == 0
+        return width % channel_multiple(groups, rules) == 0
     even = width % groups.layers[kind][0].divisions == 0
     return even and (rules.widths == "per_layer" or width in groups.allowed_attention)
 
 
-def default_round_to(groups: ModelGroups, rules: Rules) -> int:
-    """Return what the widths of cut layers are multiples of where nothing was asked for.
+def channel_multiple(groups: ModelGroups, rules: Rules) -> int:
+    """Return what the channels of cut layers are a multiple of: `round_to`, or where that is unset 8 or 1.
 
     Matrices of other widths take longer to multiply: on a processor, a tenth of what reading a prompt takes in all. Not
     so where only candidates may go, or each layer has its own width: eight at once would take along what must stay.
     """
+    if rules.round_to is not None:
+        return rules.round_to
     to_a_size = rules.all_may_go and rules.widths == "uniform"
     return ROUND_TO if to_a_size and groups.count("ffn_channel") >= ROUNDED_FROM else 1
 

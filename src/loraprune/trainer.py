@@ -177,7 +177,7 @@ class LoRAPruneTrainer(Trainer):
         """
         size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
         fits = size is None or size >= max(len(one["input_ids"]) for one in inputs.values())
-        if fits and here().count == 1 and not self.balance.looks_ahead(self.run_state.forgetting):
+        if fits and here().count == 1 and not self.balance.by_halves(self.run_state.forgetting):
             with self._watched(rows):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
