@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from arena_cells import Cell, Checkpoint, End, fill, made_worlds, put_back
+from arena_cells import Cell, Checkpoint, End, fill, made_worlds, put_back, source, take_out
 from arena_contestants import CONTESTANTS, QUICK
 from arena_marks import judge
-from arena_page import draw, draw_frontier, draw_relearning, section
+from arena_page import draw, draw_frontier, draw_relearning, section, sources
 from arena_worlds import CACHE, ON_GPU, WORLDS, Values, World
 from filelock import FileLock
 from results_page import ROOT, results_path, write_results
@@ -63,11 +63,16 @@ def main() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the processes with it
     with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two calls would make the same cell
-        if not options.anew:
+        if options.anew:
+            take_out()
+        else:
             for name, world in earlier().items():
                 put_back(name, world)
         made = made_worlds(worlds, seeds, options.jobs)
         values = compete(made, names, options.quick or options.defaults, options.jobs)
+    for name, world in values.items():
+        if older := sources(world) - {source()}:
+            print(f"{name}: made by source {', '.join(sorted(older))}; this one is {source()}. --anew makes all again")
     values = values if options.quick else with_earlier(values)
     text = section(values)
     print(text)

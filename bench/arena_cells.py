@@ -1,11 +1,12 @@
 """Cells of the arena: each is made and measured in a process of its own, several at once where asked.
 
 Reads    worlds; what earlier calls left in bench/cache/arena, or in the results
-Gives    Cell, End, fill: makes what is missing; made_worlds; put_back: cells from the results
+Gives    Cell, End, fill: makes what is missing; made_worlds; put_back and take_out: cells from the results
 Source   -
 Symbols  MiB = 2^20 bytes; peak = the most memory that a process ever held, its libraries and mapped files too
 """
 
+import hashlib
 import json
 import shutil
 import signal
@@ -36,6 +37,7 @@ MIB = 2**20
 MADE = "made.json"
 SPENT = ("point", "machine", "source", "seconds", "before_mib", "peak_mib", "jobs")  # what it holds beside its name
 SHOWN_OF_HASH = 8  # hexadecimal digits that tell one source from another
+MAKERS = ("adamw", "arena_cells", "arena_contestants", "arena_marks", "arena_rivals", "speed")  # beside the product
 
 
 # --- what is made -----------------------------------------------------------------------------------------------------
@@ -127,8 +129,7 @@ class Cell(Checkpoint):
         CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
         spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
         known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
-        known |= {"source": program_identity()["source"][:SHOWN_OF_HASH]}
-        write_json(self.made_path, {**known, **spent})
+        write_json(self.made_path, {**known, "source": source(), **spent})
 
 
 def read(path: Path) -> Values:
@@ -138,6 +139,14 @@ def read(path: Path) -> Values:
 def peak_mib() -> float:
     """Return this process's peak of main memory in MiB."""
     return round(peak_bytes() / MIB, 1)
+
+
+def source() -> str:
+    """Return a short hash of the code that makes and measures a cell: the product's, and the bench's own."""
+    digest = hashlib.sha256(program_identity()["source"].encode())
+    for name in MAKERS:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()[:SHOWN_OF_HASH]
 
 
 def machine_of(world: World) -> str:
@@ -175,9 +184,17 @@ def put_back(name: str, world: Values) -> None:
         for cell in (cell for cell in [*one["tried"], *one["cells"]] if "key" in cell):
             folder = CACHE / f"{name}-{cell['seed']}" / cell["key"]
             if not (folder / MADE).exists():
-                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what a call left that was ended half-way
+                folder.mkdir(parents=True)
                 write_json(folder / f"{cell['marks_key']}.json", cell["marks"])
                 write_json(folder / MADE, {"contestant": contestant, **{part: cell[part] for part in SPENT}})
+
+
+def take_out() -> None:
+    """Undo `put_back`: remove every cell that has no model."""
+    for made in CACHE.glob(f"*/*/{MADE}"):
+        if not made.with_name("model").exists():
+            shutil.rmtree(made.parent)
 
 
 def fill(checkpoints: Sequence[Checkpoint], jobs: int) -> None:

@@ -1,7 +1,7 @@
 """Page of the arena: two tables a world and three figures, made of the very numbers of arena.json.
 
 Reads    the values of arena.py
-Gives    section, draw, draw_frontier, draw_relearning
+Gives    section, sources, draw, draw_frontier, draw_relearning
 Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008; then shape and line tell
 Symbols  cells: mean over seeds ± half of its 95% interval; ours ahead: ours minus theirs (95% interval over seeds)
 """
@@ -126,12 +126,16 @@ def _machine(world: Values) -> str:
     """Return what the cells were made on, by which code, and what of their peak is there before anything is made."""
     cells = [cell for one in world["contestants"].values() for cell in one["cells"]]
     machines, jobs = sorted({cell["machine"] for cell in cells}), max(cell["jobs"] for cell in cells)
-    before, sources = fmean(cell["before_mib"] for cell in cells), sorted({cell["source"] for cell in cells})
+    before = fmean(cell["before_mib"] for cell in cells)
     return (
-        f"Made by source {' and '.join(sources)} on {' and '.join(machines)}, which other work may have shared, at "
-        f"most {counted(jobs, 'cell')} at once; "
-        f"libraries and rows take {before:.0f} MiB of the peak."
+        f"Made by source {' and '.join(sorted(sources(world)))} on {' and '.join(machines)}, which other work may have "
+        f"shared, at most {counted(jobs, 'cell')} at once; libraries and rows take {before:.0f} MiB of the peak."
     )
+
+
+def sources(world: Values) -> set[str]:
+    """Return by which code a world's cells were made."""
+    return {cell["source"] for one in world["contestants"].values() for cell in one["cells"]}
 
 
 MEANINGS = (

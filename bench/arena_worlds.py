@@ -16,6 +16,7 @@ from typing import Any
 
 import stories_world
 import tofu
+import torch
 from results_page import ROOT
 from stories260k import find_data, make_folder
 
@@ -91,12 +92,12 @@ def _demo(seed: int) -> World:
 
 
 def _tofu(forget: str, size: str, seed: int) -> World:
-    """Return a world of forget05 or forget10: as much of TOFU as its size names."""
+    """Return a world of forget05 or forget10: as much of TOFU as its size names; all but a part on a GPU, if any."""
     name = f"{forget}-{size}" if size else forget
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
     tofu.make_inputs(tofu.find_data(None), seed, forget, sets, EXTENTS[size])
     retrain = partial(_retrain, sets, EXTENTS[size].recipe)
-    own = {"device": "cuda"} if name in ON_GPU else {}
+    own = {"device": "cuda"} if size != "part" and torch.cuda.is_available() else {}
     models = sets / f"untouched-{seed}", sets / f"reference-{seed}"
     return World(name, seed, sets, *models, retrain, sparsity=ASKED, own=own)
 
