@@ -45,7 +45,7 @@ SAMPLED = ("contains", "rouge_l_recall")  # of the best answer: does it hold the
 REWORDED = ("performance", "extraction_strength")  # under the worst form for each fact
 PREFILL: Values = {"tokens": 2048, "rounds": 31}
 GPU_PREFILL = 16  # times as many tokens on a GPU, which needs as many before matrices outweigh calls
-GPU_ROWS = 512  # in one pass of a mark on a GPU: 4,096 drawn answers are 8 batches there, not 64
+GPU_ROWS = 256  # in one pass of a mark on a GPU: 4,096 drawn answers are 16 batches there, not 64
 CONFIDENCE = 0.95
 
 
