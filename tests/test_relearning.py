@@ -4,7 +4,7 @@ from itertools import cycle
 
 import pytest
 import torch
-from test_trainer import make_trainer, plain_losses, target, untouched_rows
+from test_trainer import BETA, make_trainer, plain_losses, target, untouched_rows
 from torch import nn
 
 from loraprune import steering
@@ -117,8 +117,8 @@ def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_wha
         there, _ = log_probability(trainer, other)
         assert (there / lengths).sum() > (here / lengths).sum()  # the other half is likelier there
         there, own = log_probability(trainer, half)
-        push = forget_loss(kind, there, own, untouched_rows(half), 0.1)
-        counts = own.sum() / tokens.sum() if kind == "npo" else len(own) / len(tokens)  # npo is a mean over tokens
+        push = forget_loss(kind, there, own, untouched_rows(half), BETA)
+        counts = len(own) / len(tokens)
         pushed = torch.autograd.grad(
             trainer.settings.forget_retain_ratio * way * counts * push, trained(trainer.adapted)
         )
@@ -160,7 +160,7 @@ def test_a_row_alone_in_its_batch_is_pushed_where_relearning_itself_leads(tmp_pa
     with moved(trainer.adapted, towards_relearning(trainer, single), 0.03, lambda: True):
         there, _ = log_probability(trainer, single)
         push = (
-            trainer.settings.forget_retain_ratio * way * forget_loss("npo", there, tokens, untouched_rows(single), 0.1)
+            trainer.settings.forget_retain_ratio * way * forget_loss("npo", there, tokens, untouched_rows(single), BETA)
         )
         pushed = torch.autograd.grad(push, trained(trainer.adapted))
     assert any(gradient.abs().sum() > 0 for gradient in pushed)
@@ -205,7 +205,7 @@ def test_what_is_below_the_target_is_pulled_up(tmp_path, tokenizer):
         trainer.balance.steering.__dict__["target"] = target(goal)
         trainer.balance.steering.__dict__["forget_before"] = 4 * known
         loss = trainer.compute_loss(trainer.adapted, batch).item() - retain.item()
-        push = forget_loss("npo", rows, tokens, untouched_rows(batch["forget"]), 0.1).item()
+        push = forget_loss("npo", rows, tokens, untouched_rows(batch["forget"]), BETA).item()
         way = (known - goal) / (4 * known - goal)
         assert loss == pytest.approx(trainer.settings.forget_retain_ratio * way * push, rel=1e-3, abs=1e-5)
 
@@ -230,7 +230,7 @@ def test_rows_that_are_steered_apart_weigh_the_same_in_parts_of_any_size(
     for one, parts in zip(whole, gradient_of(trainer, batch), strict=True):
         torch.testing.assert_close(one, parts, rtol=1e-4, atol=1e-6)
     if not radius:
-        push = forget_loss(kind, rows, tokens, untouched_rows(batch["forget"]), 0.1, ways)
+        push = forget_loss(kind, rows, tokens, untouched_rows(batch["forget"]), BETA, ways)
         retain, _, _ = plain_losses(trainer, batch)
         expected = retain.item() + trainer.settings.forget_retain_ratio * push.item()
         assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected, rel=1e-5)

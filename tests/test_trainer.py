@@ -91,6 +91,7 @@ SCENARIOS = {
     "adapters": {"sparsity": 0.3, "metric": "lora", "score_power": 2, "recovery_steps": 0},
 }
 MOMENTS = random.Random(5)
+BETA = Settings().forget_loss_beta
 STOPS = [("unlearning", round((part + MOMENTS.random()) / 7, 3)) for part in range(7)] + [("unlearning", 1.0)]
 STOPS += [(name, round((part + MOMENTS.random()) / 2, 3)) for name in list(SCENARIOS)[1:] for part in range(2)]
 
@@ -110,7 +111,7 @@ def without_a_stop(finished, run_folder):
 
 
 def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
-    shaky = {"min_retain_performance": 0.9, "seed": 2, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
+    shaky = {"min_retain_performance": 0.9, "seed": 8, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
     values = run_values(run_folder, "halved", relearning_radius=0.0, **shaky)
     rows = events(run(Settings(**values)).folder)
     [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
@@ -398,7 +399,7 @@ def test_the_loss_is_retain_plus_ratio_times_forget_against_the_untouched_model(
     performance = (row / tokens).exp().mean().item()
     left = trainer.steering.target.way_left(performance, 0.002)
     assert 0 < left <= 1
-    expected = retain + 0.25 * left * forget_loss(kind, row, tokens, untouched_rows(batch["forget"]), 0.1)
+    expected = retain + 0.25 * left * forget_loss(kind, row, tokens, untouched_rows(batch["forget"]), BETA)
     assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -492,7 +493,7 @@ def test_it_is_pushed_down_at_full_weight_at_its_ceiling_also_during_recovery(tm
     with torch.no_grad():
         logits = trainer.adapted(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).logits
         values, counted = answer_log_probabilities(logits, one["labels"])
-    pushed = forget_loss("npo", row_sums(values, counted), counted.sum(1), untouched_rows(one), 0.1)
+    pushed = forget_loss("npo", row_sums(values, counted), counted.sum(1), untouched_rows(one), BETA)
     expected = plain_losses(trainer, batch)[0] + 0.25 * pushed
     assert trainer.compute_loss(trainer.adapted, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -516,3 +517,30 @@ def test_a_step_undone_makes_the_push_gentler_only_where_training_broke_the_limi
     looked = Look.from_values({"sparsity": 0.0, "retention": retention, "groups": {}, "forget": 0.5})
     trainer._follow(Decision((), "floor"), looked)
     assert trainer.run_state.forget_weight == weight
+
+
+def seen(forget):
+    return Look.from_values({"sparsity": 0.0, "retention": 1.0, "groups": {}, "forget": forget})
+
+
+@pytest.mark.parametrize(
+    ("known", "decision", "end"),
+    [
+        (0.5, Decision((), "floor"), 14),
+        (0.3, Decision((), "floor"), 8),  # in the band
+        (0.5, Decision((), "target", seen(0.2)), 8),
+    ],
+)
+def test_a_run_that_can_cut_no_more_takes_its_other_steps_where_the_forget_set_is_still_known(
+    tmp_path, tokenizer, known, decision, end
+):
+    trainer = make_trainer(tmp_path, tokenizer, target(0.3))
+    trainer.steering = replace(trainer.steering, limits=Limits(0.9, forget_high=0.3))
+    trainer.create_optimizer()
+    assert (trainer.run_state.main_end, trainer.run_state.end) == (10, 14)
+    trainer.run_state.step = 4
+    trainer._follow(decision, seen(known))
+    assert (trainer.run_state.main_end, trainer.run_state.end) == (4, end)
+    factor = trainer.create_scheduler(14).lr_lambdas[0]
+    factors = [factor(step) for step in (4, end - 1)]
+    assert factors == pytest.approx([1.0, 1 / (end - 4)])

@@ -40,6 +40,7 @@ class RunState:
 
     step: int = 0
     main_end: int = 0  # the step after which recovery begins
+    end: int = 0  # the last step
     ended_by: str = "budget"  # what ended the pruning
     forgetting: bool = True  # whether the forget loss is on
     forget_weight: float = 1.0  # of the forget loss; halved where training itself broke a limit

@@ -487,7 +487,7 @@ def _outlook(settings: Settings, steering: Steering, parameters: int, trainer: L
     return {
         "task": "unlearn" if settings.is_unlearning else "prune",
         "parameters": parameters,
-        "steps": trainer.run_state.main_end + settings.finish_steps,
+        "steps": trainer.run_state.end,
         "sparsity_goal": settings.sparsity,
         "target": target.as_values() if target else None,
         "min_retain_performance": limits.min_retain_performance,

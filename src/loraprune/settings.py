@@ -340,7 +340,13 @@ class Settings:
     forget_retain_ratio: float = setting(
         1.0, "training", "Weight of the forget loss; the retain loss has weight 1.", allowed=NOT_NEGATIVE
     )
-    forget_loss_beta: float = setting(0.1, "training", "Temperature beta of npo and simnpo.", allowed=POSITIVE)
+    forget_loss_beta: float = setting(
+        1.0,
+        "training",
+        "Temperature beta of npo and simnpo, by the log-probability of the mean token: the higher, the sooner the push "
+        "on a row flattens out as its answer becomes unlikely.",
+        allowed=POSITIVE,
+    )
     relearning_radius: float = setting(
         3.0,
         "training",

@@ -79,7 +79,8 @@ class LoRAPruneTrainer(Trainer):
         self.event, self.state_folder = event, folder / "state"
         main = settings.warmup_steps + settings.prune_every * settings.prune_rounds
         fresh = Point(take_state(model), {})
-        self.saved = load_state(self.state_folder) or SavedRun(RunState(main_end=main), fresh, fresh, {})
+        end = main + settings.finish_steps
+        self.saved = load_state(self.state_folder) or SavedRun(RunState(main_end=main, end=end), fresh, fresh, {})
         self.run_state, self.good = self.saved.run_state, self.saved.good
         self.first_step, self.note = self.run_state.step, ""
         self.looks_ahead_from = first_pruning_step(settings)
@@ -91,7 +92,7 @@ class LoRAPruneTrainer(Trainer):
         self.step_scores = StepScores(model, live, settings)
         restore_state(model, self.saved.now.state)
         self.adapted = model
-        arguments = training_arguments(settings, folder / "logs", main + settings.finish_steps)
+        arguments = training_arguments(settings, folder / "logs", end)
         super().__init__(model=model, args=arguments)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Between(self))
@@ -102,7 +103,7 @@ class LoRAPruneTrainer(Trainer):
         if self.run_state.good_look is None:
             self.run_state.good_look = self._look()
             self.record("evaluate", self.run_state.good_look)
-        with stage("train", self.run_state.main_end + self.settings.finish_steps) as self.advance:
+        with stage("train", self.run_state.end) as self.advance:
             self.advance(self.first_step)
             if not self._over:
                 self.train()
@@ -115,7 +116,7 @@ class LoRAPruneTrainer(Trainer):
 
     @property
     def _over(self) -> bool:
-        return self.run_state.step >= self.run_state.main_end + self.settings.finish_steps
+        return self.run_state.step >= self.run_state.end
 
     # --- what Trainer asks for ---------------------------------------------------------------------------------------
 
@@ -143,9 +144,9 @@ class LoRAPruneTrainer(Trainer):
         """Return a linear rise, a plateau while pruning, and a linear fall that starts when pruning ends."""
 
         def factor(step: int) -> float:
-            end = self.run_state.main_end
+            state = self.run_state
             step += self.first_step
-            return learning_rate_factor(step, self.settings.warmup_steps, end, self.settings.finish_steps)
+            return learning_rate_factor(step, self.settings.warmup_steps, state.main_end, state.end - state.main_end)
 
         self.lr_scheduler = LambdaLR(optimizer or self.stepper, factor)
         return self.lr_scheduler
@@ -315,9 +316,16 @@ class LoRAPruneTrainer(Trainer):
         state.removals += decision.removals
         state.ended_by = decision.ended_by
         if decision.look is None or decision.ended_by == "target":
-            state.main_end = state.step
-            self.advance(0, new_total=state.main_end + self.settings.finish_steps)
+            left, state.main_end = state.main_end - state.step, state.step
+            if not self._still_known(decision.look or looked):
+                state.end -= left
+                self.advance(0, new_total=state.end)
         self.undone_by = set()
+
+    def _still_known(self, looked: Look) -> bool:
+        """Say whether forgetting has a way to go: then a run that can cut no more takes its other steps for that."""
+        high = self.steering.limits.forget_high
+        return high is not None and (looked.forget or 0.0) > high
 
     @property
     def rules(self) -> Rules:
