@@ -118,7 +118,7 @@ def test_a_step_pushes_each_half_where_relearning_the_other_leads_as_hard_as_wha
         assert (there / lengths).sum() > (here / lengths).sum()  # the other half is likelier there
         there, own = log_probability(trainer, half)
         push = forget_loss(kind, there, own, untouched_rows(half), BETA)
-        counts = len(own) / len(tokens)
+        counts = own.sum() / tokens.sum() if kind == "npo" else len(own) / len(tokens)  # npo is a mean over tokens
         pushed = torch.autograd.grad(
             trainer.settings.forget_retain_ratio * way * counts * push, trained(trainer.adapted)
         )

@@ -25,6 +25,7 @@ from loraprune.objectives import (
     answer_log_probabilities,
     forget_loss,
     logits_of,
+    part_of_forget_loss,
     retain_loss,
     row_sums,
 )
@@ -199,7 +200,7 @@ class Balance:
         own = weights.split([len(one["rows"]) for one in parts])
         weighted = list(zip(parts, own, strict=True)) if weights.any() else []
         for (part, weights_of_part), counts in dealt(weighted):
-            of_batch = len(part["rows"]) / len(batch["rows"])
+            of_batch = part_of_forget_loss(self.settings.forget_loss, answer_tokens(part), answer_tokens(batch))
             share = weights_of_part * counts * self.settings.forget_retain_ratio * of_batch
             yield Part(len(part["rows"]), partial(self._pushed_part, model, part, untouched, share))
 

@@ -71,6 +71,12 @@ def retain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return -row_sums(values, counted).sum() / counted.sum()
 
 
+def part_of_forget_loss(kind: str, tokens: Tensor, all_tokens: Tensor) -> float:
+    """Return what the loss of some rows weighs in that of the whole batch: npo weighs tokens, the others rows."""
+    part, whole = (tokens.sum(), all_tokens.sum()) if kind == "npo" else (len(tokens), len(all_tokens))
+    return float(part / whole)
+
+
 def forget_loss(
     kind: str,
     row_log_probability: Tensor,
@@ -84,11 +90,14 @@ def forget_loss(
     `row_log_probability` and `base_log_probability`, (batch,): log p of the whole answer now and under the untouched
     model; `tokens`, (batch,): the answer's length; `weights`: of the rows' losses, one for all or (batch,). ga is
     unbounded below; npo and simnpo flatten out.
-    differs: npo's ratio is that of the mean token. Of the whole answer, as published, a longer one flattens out sooner.
+    differs: npo's ratio is that of the mean token, and a row weighs as its tokens do; by whole answers, as published,
+    a long one flattens out long before a short one.
     """
     if kind == "ga":
         return (weights * row_log_probability / tokens).mean()
-    if kind in ("npo", "simnpo"):
-        base = base_log_probability if kind == "npo" else 0.0
-        return -(2.0 / beta) * (weights * logsigmoid(-beta * (row_log_probability - base) / tokens)).mean()
+    if kind == "npo":
+        losses = -(2.0 / beta) * tokens * logsigmoid(-beta * (row_log_probability - base_log_probability) / tokens)
+        return (weights * losses).mean() / tokens.float().mean()
+    if kind == "simnpo":
+        return -(2.0 / beta) * (weights * logsigmoid(-beta * row_log_probability / tokens)).mean()
     raise ValueError(f"forget loss {kind!r} is not one of ga, npo, simnpo")
