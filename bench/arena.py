@@ -72,7 +72,7 @@ def main() -> None:
         values = compete(made, names, options.quick or options.defaults, options.jobs)
     for name, world in values.items():
         if older := sources(world) - {source()}:
-            print(f"{name}: made by source {', '.join(sorted(older))}; this one is {source()}. --anew makes all again")
+            print(f"{name}: cells of source {', '.join(sorted(older))}; this is {source()}. --anew takes no others")
     values = values if options.quick else with_earlier(values)
     text = section(values)
     print(text)

@@ -125,11 +125,12 @@ class Cell(Checkpoint):
         print(f"{self.world.name} {self.world.seed}: {self.contestant} {self.point}", flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         _ = self.world.inputs  # what every contestant reads is no part of making one
+        known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
+        known |= {"source": source()}  # before the code can change under a cell that takes long
         before, begun = peak_mib(), monotonic()
         CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
         spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
-        known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
-        write_json(self.made_path, {**known, "source": source(), **spent})
+        write_json(self.made_path, {**known, **spent})
 
 
 def read(path: Path) -> Values:
@@ -191,9 +192,9 @@ def put_back(name: str, world: Values) -> None:
 
 
 def take_out() -> None:
-    """Undo `put_back`: remove every cell that has no model."""
+    """Remove every cell that the results gave back, which has no model, and every one that other code made."""
     for made in CACHE.glob(f"*/*/{MADE}"):
-        if not made.with_name("model").exists():
+        if not made.with_name("model").exists() or read(made).get("source") != source():
             shutil.rmtree(made.parent)
 
 

@@ -50,10 +50,11 @@ def test_a_cell_that_is_there_stays_and_one_half_made_goes(cells, tmp_path):
     assert read(folder / "marks-1.json") == {"performance": 0.5}
 
 
-def test_making_anew_takes_out_what_came_from_the_results_alone(cells, tmp_path):
+def test_making_anew_takes_out_what_came_from_the_results_or_of_other_code(cells, tmp_path):
     cells.put_back("demo", world_of(cells))
-    cells.put_back("demo", world_of(cells, key="own"))
-    (tmp_path / "demo-7" / "own" / "model").mkdir()
+    for key, code in (("own", cells.source()), ("older", "1")):
+        cells.put_back("demo", world_of(cells, key=key, source=code))
+        (tmp_path / "demo-7" / key / "model").mkdir()
     cells.take_out()
     assert [one.name for one in (tmp_path / "demo-7").iterdir()] == ["own"]
 

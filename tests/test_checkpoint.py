@@ -1,6 +1,7 @@
 """A run's state between two steps goes to disk and comes back whole, without a pickle."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
 
 from loraprune import checkpoint
 from loraprune.checkpoint import Point, RunState, load_state, moments_of, restore_moments, restore_random, save_state
+from loraprune.errors import UserError
 from loraprune.pruning import restore_state, take_state
 from loraprune.records import Group, Look, Removal
 from loraprune.sensitivity import MovingAverage, SensitivityDict
@@ -74,13 +76,22 @@ def make_state(live, **changes):
     scored = SensitivityDict(
         MovingAverage(averages(live, 1), 0.875), MovingAverage(averages(live, 2), 1 - 0.9**3), skipped=2
     )
-    values = {"step": 9, "main_end": 14, "ended_by": "floor", "forgetting": False, "forget_weight": 0.125}
+    values = {"step": 9, "main_end": 14, "end": 18, "ended_by": "floor", "forgetting": False, "forget_weight": 0.125}
     values |= {"skipped": 2, "breaks": {"floor": 3}, "good_look": LOOK, "largest_step": 0.1 + 0.2}
     return RunState(**{**values, "removals": list(REMOVALS), "sensitivities": scored, **changes})
 
 
 def test_where_nothing_was_saved_there_is_no_state(tmp_path):
     assert load_state(tmp_path / "state") is None
+
+
+def test_a_state_of_before_there_was_an_end_is_not_gone_on_with(tmp_path, model_and_mask):
+    model, live = model_and_mask
+    save(tmp_path / "state", make_state(live), model, make_optimizer(model))
+    path = tmp_path / "state" / "state.json"
+    path.write_text(json.dumps({name: one for name, one in json.loads(path.read_text()).items() if name != "end"}))
+    with pytest.raises(UserError, match="saved by an earlier release"):
+        load_state(tmp_path / "state")
 
 
 def test_everything_that_decides_what_comes_next_comes_back_bit_for_bit(tmp_path, model_and_mask):

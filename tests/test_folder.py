@@ -136,6 +136,18 @@ def test_a_refused_folder_says_every_setting_that_would_have_to_be_as_it_was(tmp
         RunFolder(tmp_path, Settings(output=str(tmp_path), seed=1, lora_rank=4)).check()
 
 
+def test_a_compression_from_before_is_gone_on_with_whatever_its_forget_loss_was_set_to(tmp_path):
+    for name, forget in (("prune", None), ("unlearn", "forget.jsonl")):
+        settings = Settings(output=str(tmp_path / name), retain="retain.jsonl", forget=forget)
+        (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name, settings).open()
+        config = tmp_path / name / "config.toml"
+        config.write_text(config.read_text().replace("forget_loss_beta = 1.0", "forget_loss_beta = 0.1"))
+    RunFolder(tmp_path / "prune", Settings(output=str(tmp_path / "prune"), retain="retain.jsonl")).check()
+    with pytest.raises(UserError, match=r"forget_loss_beta was 0\.1, now 1"):
+        RunFolder(tmp_path / "unlearn", settings).check()
+
+
 def test_a_setting_that_nobody_gave_is_called_unset_in_a_refused_folder(tmp_path):
     RunFolder(tmp_path, Settings(output=str(tmp_path), round_to=8)).open()
     with pytest.raises(UserError, match="round_to was 8, now unset"):

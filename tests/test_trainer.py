@@ -111,6 +111,7 @@ def without_a_stop(finished, run_folder):
 
 
 def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
+    # a seed of which one step alone is undone, with steps after it
     shaky = {"min_retain_performance": 0.9, "seed": 8, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
     values = run_values(run_folder, "halved", relearning_radius=0.0, **shaky)
     rows = events(run(Settings(**values)).folder)
@@ -524,22 +525,23 @@ def seen(forget):
 
 
 @pytest.mark.parametrize(
-    ("known", "decision", "end"),
+    ("before", "known", "decision", "end"),
     [
-        (0.5, Decision((), "floor"), 14),
-        (0.3, Decision((), "floor"), 8),  # in the band
-        (0.5, Decision((), "target", seen(0.2)), 8),
+        (0.5, 0.5, Decision((), "floor"), 14),
+        (0.2, 0.5, Decision((), "floor"), 14),  # undone: known again
+        (0.5, 0.3, Decision((), "floor"), 8),  # in the band
+        (0.5, 0.5, Decision((), "target", seen(0.2)), 8),
     ],
 )
 def test_a_run_that_can_cut_no_more_takes_its_other_steps_where_the_forget_set_is_still_known(
-    tmp_path, tokenizer, known, decision, end
+    tmp_path, tokenizer, before, known, decision, end
 ):
     trainer = make_trainer(tmp_path, tokenizer, target(0.3))
-    trainer.steering = replace(trainer.steering, limits=Limits(0.9, forget_high=0.3))
     trainer.create_optimizer()
+    trainer.run_state.good_look = seen(known)
     assert (trainer.run_state.main_end, trainer.run_state.end) == (10, 14)
     trainer.run_state.step = 4
-    trainer._follow(decision, seen(known))
+    trainer._follow(decision, seen(before))
     assert (trainer.run_state.main_end, trainer.run_state.end) == (4, end)
     factor = trainer.create_scheduler(14).lr_lambdas[0]
     factors = [factor(step) for step in (4, end - 1)]

@@ -140,7 +140,7 @@ class Balance:
         return share * retain_loss(logits_of(model, part), part["labels"])
 
     def by_halves(self, forgetting: bool) -> bool:
-        """Say whether the forget batch goes by halves, for the run looks ahead: then all go by parts of some size."""
+        """Say whether the forget batch goes by halves, as it does in a run that looks ahead; then no set goes whole."""
         return bool(self.radius) and self.sets.forget is not None and "forget" in self._weighers(forgetting, 1.0)
 
     def _pushed_parts(

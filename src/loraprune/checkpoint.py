@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from loraprune.errors import UserError
 from loraprune.folder import settled, whole_folder, write_json
 from loraprune.processes import first_does
 from loraprune.pruning import ModelState
@@ -86,6 +87,12 @@ def load_state(folder: Path) -> SavedRun | None:
     if not first_does(lambda: settled(folder).exists()):
         return None
     values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if "end" not in values:
+        raise UserError(
+            f"{folder} was saved by an earlier release.",
+            "its losses counted otherwise: going on would mix two runs.",
+            "choose another --output.",
+        )
     values["sensitivities"] = _read_averages(load_file(folder / "averages.safetensors"), values.pop("averages"))
     values["removals"] = removals_from(values["removals"])
     values["good_look"] = Look.from_values(values["good_look"]) if values["good_look"] else None

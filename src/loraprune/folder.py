@@ -124,6 +124,8 @@ class RunFolder:
             said = tomllib.loads(config.read_text(encoding="utf-8"))
             older = {"order": "share", "relearning_radius": 0.0}  # of runs from before there were these settings
             before = older if "forget" in said else {}
+            if "forget" not in said:
+                said.pop("forget_loss_beta", None)  # which compression has no use for, and whose default was another
             self._refuse_changed(settings_from({**before, **said}))
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file.", "a run is a folder.", "choose another --output.")

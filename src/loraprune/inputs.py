@@ -230,7 +230,8 @@ def _refuse_too_large_a_share(sparsity: float, groups: ModelGroups, rules: Rules
         raise UserError(
             f"sparsity {sparsity:g} of a layer's groups cannot be had; {_lowest_widths(groups, rules)}.",
             _widths_that_stand(groups, rules),
-            f"set --sparsity between {ceil(least * 10_000) / 10_000:g} and {floor(most * 1000) / 1000:g}.",
+            f"set --sparsity between {ceil(least * 10_000) / 10_000:g} and {floor(most * 10_000) / 10_000:g}"
+            + (", or give a lower --round-to." if channel_multiple(groups, rules) > 1 else "."),
         )
 
 
@@ -252,7 +253,8 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
         raise UserError(
             f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
             _widths_that_stand(groups, rules),
-            f"raise {flag(name)} to at least {enough:g}, or give a lower --round-to.",
+            f"raise {flag(name)} to at least {enough:g}"
+            + (", or give a lower --round-to." if channel_multiple(groups, rules) > 1 else "."),
         )
 
 

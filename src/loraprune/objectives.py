@@ -85,7 +85,7 @@ def forget_loss(
     beta: float,
     weights: Tensor | float = 1.0,
 ) -> Tensor:
-    """Return the mean over rows of a loss that falls as the answers become unlikely.
+    """Return the mean over rows, for npo over their tokens, of a loss that falls as the answers become unlikely.
 
     `row_log_probability` and `base_log_probability`, (batch,): log p of the whole answer now and under the untouched
     model; `tokens`, (batch,): the answer's length; `weights`: of the rows' losses, one for all or (batch,). ga is

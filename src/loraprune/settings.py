@@ -398,7 +398,13 @@ class Settings:
     prune_rounds: int = setting(
         12, "training", "Pruning steps over which the cubic schedule reaches the sparsity.", allowed=AT_LEAST_ONE
     )
-    finish_steps: int = setting(100, "training", "Steps of recovery after the last pruning step.", allowed=NOT_NEGATIVE)
+    finish_steps: int = setting(
+        100,
+        "training",
+        "Steps of recovery after the last pruning step; more by those that were left where a limit ended the pruning "
+        "and the forget set is still known.",
+        allowed=NOT_NEGATIVE,
+    )
     evaluate_every: int = setting(
         25, "training", "Steps of the recovery between two looks at P(forget) and retention.", allowed=AT_LEAST_ONE
     )

@@ -3,7 +3,8 @@
 Reads    paired batches, a model with adapters and a mask, the settings
 Gives    the same model, pruned and repaired; every metric goes to events.jsonl and to `report_to`
 Source   transformers.Trainer; its loop is used as it is
-Symbols  main steps: warm-up and pruning; finish steps: recovery, with the same loss and nothing pruned
+Symbols  main steps: warm-up and pruning; finish steps: recovery, with the same loss and nothing pruned, and with main
+         steps that a limit left over while the forget set is still known
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -317,15 +318,20 @@ class LoRAPruneTrainer(Trainer):
         state.ended_by = decision.ended_by
         if decision.look is None or decision.ended_by == "target":
             left, state.main_end = state.main_end - state.step, state.step
-            if not self._still_known(decision.look or looked):
+            if not self._is_still_known():
                 state.end -= left
                 self.advance(0, new_total=state.end)
         self.undone_by = set()
 
-    def _still_known(self, looked: Look) -> bool:
-        """Say whether forgetting has a way to go: then a run that can cut no more takes its other steps for that."""
-        high = self.steering.limits.forget_high
-        return high is not None and (looked.forget or 0.0) > high
+    def _is_still_known(self) -> bool:
+        """Say whether forgetting has a way to go: then a run that can cut no more takes its other steps for that.
+
+        The model stands where it was held last: a step that could not be taken was rolled back to there.
+        """
+        target, looked = self.steering.target, self.run_state.good_look
+        if target is None or looked is None or not self.settings.pushes_down:
+            return False
+        return (looked.forget or 0.0) > target.high
 
     @property
     def rules(self) -> Rules:
