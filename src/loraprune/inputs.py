@@ -231,7 +231,7 @@ def _refuse_too_large_a_share(sparsity: float, groups: ModelGroups, rules: Rules
             f"sparsity {sparsity:g} of a layer's groups cannot be had; {_lowest_widths(groups, rules)}.",
             _widths_that_stand(groups, rules),
             f"set --sparsity between {ceil(least * 10_000) / 10_000:g} and {floor(most * 10_000) / 10_000:g}"
-            + (", or give a lower --round-to." if channel_multiple(groups, rules) > 1 else "."),
+            f"{_or_a_lower_multiple(groups, rules)}.",
         )
 
 
@@ -253,9 +253,12 @@ def _refuse_too_little(name: str, goal: float, groups: ModelGroups, rules: Rules
         raise UserError(
             f"{name} {goal:g} is {allowed} parameters, the smallest step removes {step}: nothing would be cut.",
             _widths_that_stand(groups, rules),
-            f"raise {flag(name)} to at least {enough:g}"
-            + (", or give a lower --round-to." if channel_multiple(groups, rules) > 1 else "."),
+            f"raise {flag(name)} to at least {enough:g}{_or_a_lower_multiple(groups, rules)}.",
         )
+
+
+def _or_a_lower_multiple(groups: ModelGroups, rules: Rules) -> str:
+    return ", or give a lower --round-to" if channel_multiple(groups, rules) > 1 else ""
 
 
 def _widths_that_stand(groups: ModelGroups, rules: Rules) -> str:
