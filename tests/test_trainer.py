@@ -89,6 +89,7 @@ SCENARIOS = {
     },  # P(forget) is there already: recovery begins at once
     "another floor": {"min_retain_performance": 0.9, "seed": 2},
     "adapters": {"sparsity": 0.3, "metric": "lora", "score_power": 2, "recovery_steps": 0},
+    "cuts ended early": {"sparsity": 0.3, "recovery_steps": 0, "seed": 2},  # by the floor, P(forget) above its band
 }
 MOMENTS = random.Random(5)
 BETA = Settings().forget_loss_beta
@@ -158,6 +159,9 @@ def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):
     assert {"accept", "recover", "roll_back", "evaluate", "train"} <= set(kinds)
     assert len({one["step"] for one in events(folders[0]) if one["event"] == "accept"}) > 1
     assert json.loads(decision(folders[0]))["removals"]["index"]
+    early = events(without_a_stop("cuts ended early"))
+    assert max(one["step"] for one in early if one["event"] == "score") == 8  # of 4, 6, 8 and 10
+    assert [one["step"] for one in early if one["event"] == "evaluate"] == [0, 10, 12, 14]  # no step is left out
 
 
 @pytest.mark.parametrize(("scenario", "moment"), STOPS)
