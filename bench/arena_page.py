@@ -159,7 +159,7 @@ MEANINGS = (
     "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
     "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
     "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
-    "ours and its controls row by row (`natural_spread`). Looking ahead, from the first pruning step on: the forget "
+    "ours and its controls row by row (`natural_spread`). Looking ahead: the forget "
     "loss of each half of a batch is taken where relearning the other half would lead, which passes the forget rows "
     "twice a step and reads them once more; rivals take more steps for it, ours not looking ahead takes as many, of "
     "fewer rows. "

@@ -22,7 +22,6 @@ from loraprune.model import attach_lora, load_model, pad_token_id
 from loraprune.plan import make_plan
 from loraprune.plan_tables import scored_lines, share_lines
 from loraprune.records import OF_TRAINING
-from loraprune.schedule import first_pruning_step
 from loraprune.scoring import score_model
 from loraprune.sensitivity import SensitivityDict, update_sensitivity_dict
 from loraprune.setting import flag
@@ -420,18 +419,16 @@ def test_where_passes_score_as_in_the_plan_nothing_is_said(values):
     ("forget_loss", "ratio", "radius"), [("npo", 1, 0), ("npo", 1, 3), ("none", 1, 3), ("npo", 0, 3)]
 )
 @pytest.mark.parametrize("most", [None, 1, 3, 64])
-@pytest.mark.parametrize("ahead", [True, False])
-def test_a_step_has_the_passes_that_the_trainer_takes(run_folder, tmp_path, ahead, most, forget_loss, ratio, radius):
+def test_a_step_has_the_passes_that_the_trainer_takes(run_folder, tmp_path, most, forget_loss, ratio, radius):
     how = {"forget_batch_size": 32, "retain_batch_size": 32, "relearning_radius": radius}  # more than there are rows
     how |= {"forget_loss": forget_loss, "forget_retain_ratio": ratio}
     settings = settings_of(run_folder, micro_batch_size=most, **how)
     trial = Trial(settings, prepare(settings), tmp_path)
     trial.trainer.current_gradient_accumulation_steps = 1  # else set where training begins
-    trial.trainer.run_state.step = first_pruning_step(settings) - (not ahead)
     taken_back = []
     trial.trainer.adapted.register_forward_hook(lambda *_: taken_back.append(torch.is_grad_enabled()))
     trial.trainer.training_step(trial.trainer.adapted, next(iter(trial.trainer.get_train_dataloader())))
-    foretold = trial.passes.of_step(trial.passes.step_tokens[0], trial.passes.taken_back, ahead=ahead)
+    foretold = trial.passes.of_step(trial.passes.step_tokens[0], trial.passes.taken_back)
     if most in (None, 64) and not (radius and settings.pushes_down):  # all sets in one pass
         assert len(foretold) == 1 and sum(taken_back) == len(trial.passes.taken_back)
     else:

@@ -10,7 +10,6 @@ from torch import nn
 from loraprune import steering
 from loraprune.objectives import answer_log_probabilities, forget_loss, logits_of, row_sums
 from loraprune.relearning import gradients_of, moved
-from loraprune.schedule import first_pruning_step
 
 
 def small_model():
@@ -75,10 +74,8 @@ def log_probability(trainer, batch):
     return row_sums(values, counted), counted.sum(1)
 
 
-def gradient_of(trainer, batch, after=None):
-    """The gradient of the step that comes after so many; after the first pruning step unless told otherwise."""
+def gradient_of(trainer, batch):
     trainer.current_gradient_accumulation_steps = 1  # else set where training begins
-    trainer.run_state.step = first_pruning_step(trainer.settings) if after is None else after
     trainer.adapted.zero_grad()
     trainer.training_step(trainer.adapted, batch)
     return [one.grad.clone() for one in trained(trainer.adapted)]
@@ -181,18 +178,6 @@ def test_without_a_radius_a_step_is_taken_at_the_adapters_as_they_are(tmp_path, 
     expected = torch.autograd.grad(trainer.compute_loss(trainer.adapted, batch), trained(trainer.adapted))
     for one, gradient in zip(found, expected, strict=True):
         torch.testing.assert_close(one, gradient)
-
-
-@pytest.mark.parametrize("most", [None, 1, 3])
-def test_until_the_first_pruning_step_a_step_is_taken_at_the_adapters_as_they_are(tmp_path, tokenizer, most):
-    trainer = make_trainer(tmp_path, tokenizer, target(0.0), relearning_radius=3.0, micro_batch_size=most)
-    batch, first = next(iter(trainer.get_train_dataloader())), first_pruning_step(trainer.settings)
-    assert first == trainer.settings.warmup_steps + trainer.settings.prune_every > 1
-    expected = torch.autograd.grad(trainer.compute_loss(trainer.adapted, batch), trained(trainer.adapted))
-    for one, gradient in zip(gradient_of(trainer, batch, after=first - 1), expected, strict=True):
-        torch.testing.assert_close(one, gradient, rtol=1e-4, atol=1e-6)
-    ahead = gradient_of(trainer, batch, after=first)
-    assert any((one - plain).abs().max() > 1e-4 for one, plain in zip(ahead, expected, strict=True))
 
 
 def test_what_is_below_the_target_is_pulled_up(tmp_path, tokenizer):

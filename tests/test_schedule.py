@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from loraprune.schedule import cubic, first_pruning_step, learning_rate_factor, planned_sparsity, pruning_round
-from loraprune.settings import Settings
+from loraprune.schedule import cubic, learning_rate_factor, pruning_round
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7, 12])
@@ -31,17 +30,6 @@ def test_pruning_steps_follow_the_warm_up_at_even_distances_and_are_counted():
 
 def test_without_warm_up_the_first_pruning_step_comes_after_one_distance():
     assert [pruning_round(step, 0, 2, 2) for step in range(1, 7)] == [None, 1, None, 2, None, None]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "every", "first"), [("cubic", 5, 3, 8), ("cubic", 0, 2, 2), ("released", 5, 3, 7)]
-)
-def test_the_first_pruning_step_is_the_first_of_those_that_are_planned(schedule, warmup, every, first):
-    how = {"warmup_steps": warmup, "prune_every": every, "prune_rounds": 4, "sparsity": 0.3}
-    settings = Settings(schedule=schedule, **how)
-    assert first_pruning_step(settings) == first
-    assert planned_sparsity(first, settings) is not None
-    assert all(planned_sparsity(step, settings) is None for step in range(1, first))
 
 
 def test_the_learning_rate_rises_stays_and_falls_when_recovery_begins():

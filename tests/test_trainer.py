@@ -150,7 +150,7 @@ def test_a_run_from_before_there_were_such_defaults_is_not_gone_on_with_by_them(
     config.write_text("\n".join(kept))
     with pytest.raises(UserError, match="order was share, now difference") as refused:
         run(Settings(**values))
-    assert "relearning_radius was 0, now 3" in str(refused.value)
+    assert "relearning_radius was 0, now 2" in str(refused.value)
 
 
 def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):

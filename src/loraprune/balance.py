@@ -36,7 +36,6 @@ from loraprune.settings import Settings
 from loraprune.steering import Steering
 
 Item = TypeVar("Item")
-Halves = Sequence[Sequence[Mapping[str, Tensor]]]  # the parts of a batch's halves, or of the whole as one
 Weigh = Callable[[Tensor, Tensor], Tensor]  # gives the weights of a batch's rows, from their numbers and their P
 
 
@@ -66,9 +65,8 @@ class Balance:
     What is below its goal is pulled up to it: that less was known shows an observer what was removed. With
     `relearning_radius` the forget loss of each half of a batch is taken not where the adapters are but where relearning
     the other half would bring them, so that what is forgotten does not come back with what is learnt beside it; how
-    hard it pushes is decided by P of the adapters as they are. So it is from the first pruning step on. Sets of earlier
-    requests are pushed down as soon as they rise above where they rest, also while the forget set itself is left alone,
-    and where the adapters are.
+    hard it pushes is decided by P of the adapters as they are. Sets of earlier requests are pushed down as soon as
+    they rise above where they rest, also while the forget set itself is left alone, and where the adapters are.
     """
 
     def __init__(
@@ -107,56 +105,47 @@ class Balance:
         return loss, logits
 
     def parts(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        size: int | None,
-        *,
-        ahead: bool,
-        forgetting: bool,
-        forget_weight: float,
+        self, model: nn.Module, inputs: Mapping[str, Any], size: int | None, *, forgetting: bool, forget_weight: float
     ) -> Iterator["Part"]:
         """Yield parts of at most `size` rows of one set, whose losses add up to `loss` of the whole batch.
 
         Over all processes, that is, which get as many parts each. A loss is to be taken back before the next one, so
         that one graph is alive at a time. How hard a set is pushed down depends on its whole batch, which is read
-        first. `ahead`: the forget loss is taken from moved adapters, and differs from that of `loss`; before
-        the first pruning step the forget batch goes by halves all the same, so that no pass is larger.
+        first. The forget loss differs from that of `loss` where it looks ahead.
         """
         batch = inputs["retain"]
         for part, weight in dealt(split_batch(batch, size)):
             yield Part(len(part["rows"]), partial(self._kept_part, model, part, batch, weight))
         for name, weigh in self._weighers(forgetting, forget_weight).items():
             if name in inputs:
-                halved = name == "forget" and self.by_halves(forgetting)
-                batches = halves_of(inputs[name]) if halved else [inputs[name]]
-                pushed = self._withstood_parts if halved and ahead else self._pushed_parts
-                halves = [split_batch(one, size) for one in batches]
-                yield from pushed(model, inputs[name], self.untouched[name], weigh, halves)
+                ahead = name == "forget" and self.looks_ahead(forgetting)
+                pushed = self._withstood_parts if ahead else self._pushed_parts
+                yield from pushed(model, inputs[name], self.untouched[name], weigh, size)
 
     @staticmethod
     def _kept_part(model: nn.Module, part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weight: float) -> Tensor:
         share = weight * answer_tokens(part).sum() / answer_tokens(whole).sum()
         return share * retain_loss(logits_of(model, part), part["labels"])
 
-    def by_halves(self, forgetting: bool) -> bool:
-        """Say whether the forget batch goes by halves, as it does in a run that looks ahead; then no set goes whole."""
+    def looks_ahead(self, forgetting: bool) -> bool:
+        """Say whether a step takes its forget loss from moved adapters: then it goes by parts, whatever their size."""
         return bool(self.radius) and self.sets.forget is not None and "forget" in self._weighers(forgetting, 1.0)
 
     def _pushed_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, halves: Halves
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
-        parts = joined(halves)
+        parts = split_batch(batch, size)
         weights = weigh(batch["rows"], self._read(model, parts).exp())
         yield from self._weighted_parts(model, batch, parts, untouched, weights)
 
     def _withstood_parts(
-        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, halves: Halves
+        self, model: nn.Module, batch: Mapping[str, Tensor], untouched: Tensor, weigh: Weigh, size: int | None
     ) -> Iterator["Part"]:
         """Yield the parts of the loss, each half of the batch where relearning the other half leads the adapters.
 
         They are moved back after each half. A row that is alone in its batch stands for both halves.
         """
+        halves = [split_batch(half, size) for half in halves_of(batch)]
         own: list[list[Tensor]] = [[] for _ in halves]
 
         def likely(into: list[Tensor], part: Mapping[str, Tensor], counts: float) -> Tensor:

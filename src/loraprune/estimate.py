@@ -217,12 +217,11 @@ class Passes:
         self.trainer.adapted.zero_grad(set_to_none=True)
         self.trainer.adapted.eval()
 
-    def of_step(self, tokens: Mapping[str, int], names: Sequence[str], *, ahead: bool) -> list[float]:
+    def of_step(self, tokens: Mapping[str, int], names: Sequence[str]) -> list[float]:
         """Return the tokens of a step's passes over some of its sets; `tokens` are those of each set's batch.
 
         Where a step goes by parts what is pushed down is first read without gradients, a third of a pass with them. A
-        forget loss that looks ahead reads it with them, and once more without, if the first step of relearning teaches:
-        that is so `ahead`, from the first pruning step on.
+        forget loss that looks ahead reads it with them, and once more without, if the first step of relearning teaches.
         """
         most = self._rows_of_pass
         if most is None:
@@ -230,8 +229,8 @@ class Passes:
         passes: list[float] = []
         for name in names:
             parts = sum(ceil(rows / most[name]) for rows in self._passed_together(name))
-            part, twice = tokens[name] / parts, name == "forget" and self.looks_ahead and ahead
-            passes += [part] * parts * twice + [part * (1.0 if name == "retain" else 4 / 3)] * parts
+            part, ahead = tokens[name] / parts, name == "forget" and self.looks_ahead
+            passes += [part] * parts * ahead + [part * (1.0 if name == "retain" else 4 / 3)] * parts
         return passes
 
     @property
@@ -247,7 +246,7 @@ class Passes:
     @property
     def looks_ahead(self) -> bool:
         """Say whether the forget loss is taken from moved adapters."""
-        return self.trainer.balance.by_halves(forgetting=True)
+        return self.trainer.balance.looks_ahead(forgetting=True)
 
     def _passed_together(self, name: str) -> list[int]:
         """Return the rows of a set that may share a pass: of a forget loss that looks ahead those of half a batch."""

@@ -41,19 +41,9 @@ def planned_sparsity(step: int, settings: Settings) -> float | None:
 
 def last_sparsity(settings: Settings) -> float:
     """Return the sparsity at which the schedule ends: the goal, or what the released code stops at below it."""
-    return max(_planned(settings).values(), default=settings.initial_sparsity)
-
-
-def first_pruning_step(settings: Settings) -> int:
-    """Return the training step (1, 2, ...) after which groups may first go; 0 where none ever may."""
-    return min(_planned(settings), default=0)
-
-
-def _planned(settings: Settings) -> dict[int, float]:
-    """Return every training step after which groups may go, and the sparsity that may be reached there."""
     steps = range(1, settings.warmup_steps + settings.prune_every * settings.prune_rounds + 2)
-    planned = {step: planned_sparsity(step, settings) for step in steps}
-    return {step: one for step, one in planned.items() if one is not None}
+    planned = (planned_sparsity(step, settings) for step in steps)
+    return max((one for one in planned if one is not None), default=settings.initial_sparsity)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, main_steps: int, finish_steps: int) -> float:

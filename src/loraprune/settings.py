@@ -348,13 +348,12 @@ class Settings:
         allowed=POSITIVE,
     )
     relearning_radius: float = setting(
-        3.0,
+        2.0,
         "training",
-        "How far the forget loss looks ahead, from the first pruning step on: for each half of a batch every weight of "
-        "the adapters is moved by so many learning rates towards relearning the other half, or by a half, a quarter or "
-        "an eighth of that where so far a step would not make it likelier, and what is still known there is pushed "
-        "down. The further, the less comes back when a part is learnt again, and the more is lost of what is not "
-        "taught. 0: not at all.",
+        "How far the forget loss looks ahead: for each half of a batch every weight of the adapters is moved by so "
+        "many learning rates towards relearning the other half, or by a half, a quarter or an eighth of that where so "
+        "far a step would not make it likelier, and what is still known there is pushed down. The further, the less "
+        "comes back when a part is learnt again, and the more is lost of what is not taught. 0: not at all.",
         allowed=NOT_NEGATIVE,
     )
     learning_rate: float = setting(

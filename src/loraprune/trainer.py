@@ -45,7 +45,7 @@ from loraprune.pruning import ModelState, restore_state, take_state, unlearning_
 from loraprune.records import DatasetType, Decision, Limit, Look, Mask, Sensitivity
 from loraprune.rescale import rescaled
 from loraprune.rules import Rules
-from loraprune.schedule import first_pruning_step, learning_rate_factor, planned_sparsity
+from loraprune.schedule import learning_rate_factor, planned_sparsity
 from loraprune.scoring import as_asked, score_model
 from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
@@ -84,7 +84,6 @@ class LoRAPruneTrainer(Trainer):
         self.saved = load_state(self.state_folder) or SavedRun(RunState(main_end=main, end=end), fresh, fresh, {})
         self.run_state, self.good = self.saved.run_state, self.saved.good
         self.first_step, self.note = self.run_state.step, ""
-        self.looks_ahead_from = first_pruning_step(settings)
         self.advance: Advance = show_nothing
         self.repairing = False
         self.undone_by: set[Limit] = set()  # what undid the pruning step that is being tried, but for lack of room
@@ -179,7 +178,7 @@ class LoRAPruneTrainer(Trainer):
         """
         size, rows = self.settings.micro_batch_size, len(inputs["retain"]["input_ids"])
         fits = size is None or size >= max(len(one["input_ids"]) for one in inputs.values())
-        if fits and here().count == 1 and not self.balance.by_halves(self.run_state.forgetting):
+        if fits and here().count == 1 and not self.balance.looks_ahead(self.run_state.forgetting):
             with self._watched(rows):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         else:
@@ -192,8 +191,7 @@ class LoRAPruneTrainer(Trainer):
         model.train()
         state, total = self.run_state, torch.zeros((), device=self.args.device)
         ends: Any = {"forgetting": state.forgetting, "forget_weight": state.forget_weight}
-        ahead = state.step >= self.looks_ahead_from
-        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, ahead=ahead, **ends):
+        for part in self.balance.parts(model, self._prepare_inputs(inputs), size, **ends):
             with self._watched(part.rows):
                 loss = part.loss()
                 self.accelerator.backward(loss)

@@ -222,7 +222,7 @@ class Trial:
             "evaluate after": evaluate,
         }
         steps = self.passes.step_tokens[: self.settings.recovery_steps]
-        repair = joined(self.passes.of_step(one, ["retain"], ahead=False) for one in steps)
+        repair = joined(self.passes.of_step(one, ["retain"]) for one in steps)
         return {
             "stages": [{"stage": name, "seconds": round(one, 3)} for name, one in stages.items()],
             "total_seconds": round(sum(stages.values()), 3),
@@ -241,7 +241,7 @@ class Trial:
         plain: list[float] = []
         scored: list[float] = []
         for number, tokens in enumerate(self.passes.step_tokens):
-            passes = self.passes.of_step(tokens, self.passes.taken_back, ahead=number >= self.trainer.looks_ahead_from)
+            passes = self.passes.of_step(tokens, self.passes.taken_back)
             (scored if number in self.scored_steps else plain).extend(passes)
         seconds = costs["train"].seconds(plain)
         if not scored:
