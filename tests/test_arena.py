@@ -77,14 +77,15 @@ def test_the_benchs_own_code_counts_as_source(cells, monkeypatch, tmp_path):
     assert cells.source() != before
 
 
-def test_the_source_of_a_cell_covers_all_of_the_bench_that_makes_and_measures_it(cells):
-    by_content = {"arena_worlds", "results_page"}  # a world counts by its content
-    assert set(cells.MAKERS) == {"arena_cells", *imported_by("arena_cells", by_content)}
-
-
 def imported_by(name, left_out):
     """The bench's modules that a module of it imports, by itself or through others."""
-    text = (Path(BENCH) / f"{name}.py").read_text()
-    froms = {one.module for one in ast.walk(ast.parse(text)) if isinstance(one, ast.ImportFrom)}
-    own = {one for one in froms - left_out if (Path(BENCH) / f"{one}.py").exists()}
-    return own.union(*(imported_by(one, left_out) for one in own))
+    tree = list(ast.walk(ast.parse((Path(BENCH) / f"{name}.py").read_text())))
+    named = {one.module for one in tree if isinstance(one, ast.ImportFrom)}
+    named |= {alias.name for one in tree if isinstance(one, ast.Import) for alias in one.names}
+    own = {one for one in named - left_out if (Path(BENCH) / f"{one}.py").exists()}
+    return own.union(*(imported_by(one, left_out | own) for one in own))
+
+
+def test_the_source_of_a_cell_covers_all_of_the_bench_that_makes_and_measures_it(cells):
+    elsewhere = {"arena_worlds", "results_page"}  # a world counts by its content, a page by what it shows
+    assert set(cells.MAKERS) == {"arena_cells", *imported_by("arena_cells", elsewhere)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraprune.cli import main
+from loraprune.settings import Settings
 
 
 @pytest.fixture
@@ -156,11 +157,12 @@ def test_a_folder_with_a_run_of_other_settings_names_the_setting(capsys, given, 
     (tmp_path / "out").mkdir()
     flags = {name.strip("-"): value for name, value in given.items() if name != "--output"}
     config = "".join(f'{name} = "{value}"\n' for name, value in flags.items())
-    newer = 'order = "difference"\nrelearning_radius = 3.0\n'  # a run without them is an older one
+    radius = Settings().relearning_radius
+    newer = f'order = "difference"\nrelearning_radius = {radius}\n'  # a run without them is an older one
     (tmp_path / "out" / "config.toml").write_text(f'{config}output = "{given["--output"]}"\n{newer}seed = 3\n')
     before = (tmp_path / "out" / "config.toml").read_text()
     text = refusal(capsys, given)
-    assert "seed was 3, now 0" in text and "--seed" in text
+    assert "seed was 3, now 0" in text and "--seed" in text and "relearning_radius" not in text
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["config.toml"]
     assert (tmp_path / "out" / "config.toml").read_text() == before
 
