@@ -51,7 +51,6 @@ def rows_of_step(settings: Settings) -> int:
     """Return the rows that a step passes.
 
     A loss that looks ahead passes those of the forget set twice, and reads them once without gradients, for a third.
-    Counted so for every step, though it begins with the first pruning step: rivals get 3% more than ours passes.
     """
     kept, forgotten = settings.retain_batch_size, settings.forget_batch_size
     return kept + forgotten + (forgotten + forgotten // 3 if settings.relearning_radius else 0)
