@@ -54,9 +54,8 @@ def suppress(world, path):
         forget, retain = batches[step]["forget"], batches[step]["retain"]
         values, counted = answer_log_probabilities(logits_of(model, forget), forget["labels"])
         rows, tokens = row_sums(values, counted), counted.sum(1)
-        hidden = forget_loss(
-            "npo", rows, tokens, base[forget["rows"]], 3.0
-        )  # soon flat: it hides, and takes away little
+        beta = 3.0  # soon flat: it hides, and takes away little
+        hidden = forget_loss("npo", rows, tokens, base[forget["rows"]], beta)
         (hidden + retain_loss(logits_of(model, retain), retain["labels"])).backward()
         optimizer.step()
         optimizer.zero_grad()
