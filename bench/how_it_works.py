@@ -1,4 +1,4 @@
-"""How it works: a run of the demo under a strict floor, so that a step is repaired, rolled back and halved.
+"""How it works: a run of the demo under a strict floor, so that a step waits, is repaired, rolled back and halved.
 
 Reads    the demo's models and data of seed 0, made when they are not there; the run is in bench/cache/how-it-works
 Gives    docs/how-it-works.png and the events of docs/how-it-works.md
@@ -18,11 +18,11 @@ from loraprune.words import counted
 
 WORLD, OUTPUT = ROOT / "bench" / "cache" / "demo" / "seed-0", ROOT / "bench" / "cache" / "how-it-works"
 STRICT: dict[str, Any] = {"min_retain_performance": 0.95, "sparsity": 0.35, "recovery_steps": 10}
-SHOWN = ("score", "propose", "recover", "roll_back", "accept", "evaluate", "stop")
+SHOWN = ("score", "wait", "propose", "recover", "roll_back", "accept", "evaluate", "stop")
 
 
 def main() -> None:
-    """Run it (a finished one is read), draw it, and tell the events of one step that was undone, and the end."""
+    """Run it (a finished one is read), draw it, and tell the events of a step that waited, of one undone, and the end."""
     make_inputs(WORLD, 0)
     metrics = dict(run(settings_for(WORLD, 0, output=str(OUTPUT), **STRICT)).metrics)
     events = read_events(OUTPUT / "events.jsonl")
@@ -31,10 +31,10 @@ def main() -> None:
 
 
 def section(metrics: Any, events: list[dict[str, Any]]) -> str:
-    """Return the table of the first step that was rolled back, of the first look of recovery, and of the stop."""
-    undone = [one["step"] for one in events if one["event"] == "roll_back"]
+    """Return the table of the first steps that waited and were rolled back, of recovery's first look, and of the stop."""
+    waited, undone = ([one["step"] for one in events if one["event"] == kind] for kind in ("wait", "roll_back"))
     looks = [one for one in events if has_look(one, SHOWN)]
-    told = [one for one in looks if undone and one["step"] == undone[0]]
+    told = [one for one in looks if one["step"] in (*waited[:1], *undone[:1])]
     recovery = [one for one in looks if one["event"] == "evaluate" and one["step"] > 0]
     told += [*recovery[:1], looks[-1]]
     header = ["step", "event", "removed", "retention (95 % interval)", "P(forget)", "broken"]
@@ -55,7 +55,7 @@ def section(metrics: Any, events: list[dict[str, Any]]) -> str:
         [
             markdown_table(header, rows),
             f"The demo's world, seed 0, with {strict}. Target P(forget) {goal['performance']:.3f}, band "
-            f"{goal['low']:.3f} to {goal['high']:.3f}; {counted(len(undone), 'roll-back')} in all; outcome "
+            f"{goal['low']:.3f} to {goal['high']:.3f}; {counted(len(waited), 'wait')} and {counted(len(undone), 'roll-back')} in all; outcome "
             f"`{metrics['outcome']}`; retention {floor['retention']:.3f} on the floor rows and "
             f"{metrics['retention']:.3f} on the final rows. Made by `python bench/how_it_works.py`.",
         ]

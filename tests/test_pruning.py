@@ -1,5 +1,7 @@
 """One pruning step on a live model: it keeps the floor, and a step that cannot leaves no trace."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
@@ -7,7 +9,7 @@ from conftest import FAMILY_CONFIGS, KINDS, make_mask, masked
 from loraprune.mask import full_mask
 from loraprune.pruning import local_prune, restore_state, take_state, unlearning_prune
 from loraprune.records import Look
-from loraprune.rules import Rules
+from loraprune.rules import Rules, smallest_share
 from loraprune.sensitivity import SensitivityDict
 from loraprune.steering import Limits
 
@@ -296,9 +298,30 @@ def test_a_cut_that_takes_the_room_of_forgetting_is_undone_without_repair_and_pr
     assert 0 < decision.look.sparsity < 0.06
 
     live.set(full_mask(live.groups))
-    retentions = lambda: 0.93 if live.value.removed_parameters(live.groups) else 0.98  # noqa: E731
-    decision, _ = step(model, live, retention=retentions, **held)
-    assert (decision.removals, decision.ended_by, decision.look.retention) == ((), "room", 0.98)
+    deep = lambda: 0.98 if live.value.sparsity(live.groups) < 0.06 else 0.5  # noqa: E731  # below the floor of 0.9 too
+    decision, events = step(model, live, retention=deep, repair=lambda: pytest.fail("repaired"), **held)
+    assert {one["broken"] for one in events if one["event"] == "roll_back"} == {("room",)}
+    assert 0 < decision.look.sparsity < 0.06
+
+    for least in (0.93, 0.5):
+        live.set(full_mask(live.groups))
+        retentions = lambda least=least: least if live.value.removed_parameters(live.groups) else 0.98  # noqa: E731
+        decision, _ = step(model, live, retention=retentions, **held)
+        assert (decision.removals, decision.ended_by, decision.look.retention) == ((), "room", 0.98)
+
+
+def test_one_try_at_a_model_that_came_in_broken_does_not_end_the_pruning(model_and_mask):
+    model, live = model_and_mask
+    smallest = smallest_share(live.groups, RULES, live.value)
+    came_in, good = (replace(CAME_IN, retention=one, forget=0.1) for one in (0.5, 1.0))
+    others = {"retention": lambda: 0.5, "ratio": 1.5 * smallest, "roll_back": lambda: good}
+    decision, events = step(model, live, looked=came_in, **others)
+    assert [one["event"] for one in events] == ["propose", "roll_back"]
+    assert (decision.removals, decision.ended_by, decision.look) == ((), "floor", good)
+
+    live.set(full_mask(live.groups))
+    decision, _ = step(model, live, looked=good, **others)
+    assert (decision.removals, decision.ended_by, decision.look) == ((), "floor", None)
 
 
 def test_training_that_took_the_room_of_forgetting_is_not_undone(model_and_mask):

@@ -104,6 +104,12 @@ def rows_of(text: str) -> dict[str, str]:
 # --- what is read
 
 
+def test_a_status_counts_the_pruning_steps_that_waited() -> None:
+    waits = [event("wait", step, 0.0, 0.8, 0.5, broken=["floor"], forgetting=True) for step in (10, 20)]
+    assert rows_of(text_of([BEGIN, *waits]))["waited"].strip() == "2 (floor 2)"
+    assert "waited" not in rows_of(text_of(unlearning()))
+
+
 def test_a_status_counts_what_was_accepted_repaired_rolled_back_and_skipped() -> None:
     status = status_of(unlearning(), 0.0)
     tried = [(one.step, one.accepted, one.repaired, one.broken, one.still_broken) for one in status.attempts]

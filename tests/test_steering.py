@@ -220,7 +220,9 @@ def test_a_cut_leaves_room_for_forgetting_while_p_is_above_the_band():
     above = limits.of_cut(look(retention=0.98, forget=0.51))
     assert above == replace(limits, room=pytest.approx(0.94))
     assert (above.broken(look(retention=0.93)), above.broken(look(retention=0.95))) == (("room",), ())
-    assert above.broken(look(retention=0.89)) == ("floor",)
+    assert above.broken(look(retention=0.89)) == ("room",)  # which lies above the floor: it is broken as well
+    guarded = replace(above, max_guard_loss_ratio=1.1)
+    assert guarded.broken(look(retention=0.89, guard_loss_ratio=1.2)) == ("guard", "room")  # the first ends pruning
     for values in ({"retention": 0.89, "forget": 0.51}, {"forget": 0.5}, {"forget": None}):
         assert limits.of_cut(look(**values)) == limits
     for name in ("retention", "forget"):

@@ -89,8 +89,22 @@ SCENARIOS = {
     },  # P(forget) is there already: recovery begins at once
     "another floor": {"min_retain_performance": 0.9, "seed": 2},
     "adapters": {"sparsity": 0.3, "metric": "lora", "score_power": 2, "recovery_steps": 0},
-    "cuts ended early": {"sparsity": 0.3, "recovery_steps": 0, "seed": 3},  # by the floor, P(forget) above its band
+    "cuts ended early": {  # by the guard, P(forget) above its band
+        "sparsity": 0.3,
+        "recovery_steps": 0,
+        "seed": 3,
+        "min_retain_performance": 0.3,
+        "max_guard_loss_ratio": 1.0,
+    },
 }
+
+
+def scenario_settings(run_folder, scenario, output):
+    changes = SCENARIOS[scenario]
+    guard = {"guard": str(run_folder / "guard.txt")} if "max_guard_loss_ratio" in changes else {}
+    return Settings(**run_values(run_folder, output, **guard, **changes))
+
+
 MOMENTS = random.Random(5)
 BETA = Settings().forget_loss_beta
 STOPS = [("unlearning", round((part + MOMENTS.random()) / 7, 3)) for part in range(7)] + [("unlearning", 1.0)]
@@ -106,25 +120,53 @@ def without_a_stop(finished, run_folder):
     def folder(scenario):
         if scenario not in made:
             made[scenario] = run_folder / scenario
-            run(Settings(**run_values(run_folder, scenario, **SCENARIOS[scenario])))
+            run(scenario_settings(run_folder, scenario, scenario))
         return made[scenario]
 
     return folder
 
 
-def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder):
-    # a seed of which one step alone is undone, with steps after it
-    shaky = {"min_retain_performance": 0.9, "seed": 8, "prune_rounds": 6, "sparsity": 0.3, "order": "share"}
-    values = run_values(run_folder, "halved", relearning_radius=0.0, **shaky)
-    rows = events(run(Settings(**values)).folder)
-    [halved] = {row["step"] for row in rows if row["event"] == "roll_back" and row["step"] < 14}
+def test_after_a_step_was_halved_no_later_one_tries_more_than_was_accepted(run_folder, monkeypatch):
+    def fragile(*arguments, look, step, looked, **others):
+        """Prune a model that at step 6 cannot do without another hundredth of its parameters."""
+
+        def seen():
+            found = look()
+            return replace(found, retention=0.1) if step == 6 and found.sparsity > looked.sparsity + 0.01 else found
+
+        return unlearning_prune(*arguments, look=seen, step=step, looked=looked, **others)
+
+    monkeypatch.setattr("loraprune.trainer.unlearning_prune", fragile)
+    calm = {"prune_rounds": 6, "sparsity": 0.3, "min_retain_performance": 0.3, "band": 0.5, "relearning_radius": 0.0}
+    rows = events(run(Settings(**run_values(run_folder, "halved", **calm))).folder)
+    assert {row["step"] for row in rows if row["event"] == "roll_back"} == {6}
     tried = {row["step"]: row["removed"] for row in rows if row["event"] == "propose"}  # the last try of each step
-    later = [removed for step, removed in tried.items() if step > halved]
-    assert later and 0 < max(later) <= tried[halved]
-    planned = 0.3 * cubic(5, 6) - next(
-        row["sparsity"] for row in rows if row["event"] == "accept" and row["step"] == halved
-    )
+    later = [removed for step, removed in tried.items() if step > 6]
+    assert later and 0 < max(later) <= tried[6]
+    accepted = next(row["sparsity"] for row in rows if row["event"] == "accept" and row["step"] == 6)
+    planned = 0.3 * cubic(3, 6) - accepted  # after step 8
     assert planned > 2 * later[0] * 96 / 27488  # a channel has 96 parameters: the schedule alone would try more
+
+
+def test_a_model_that_forgetting_brought_below_the_floor_is_left_to_mend(run_folder, monkeypatch):
+    pushed, training_step = [], LoRAPruneTrainer.training_step
+
+    def told(trainer, *arguments, **others):
+        pushed.append(trainer.run_state.forgetting)
+        return training_step(trainer, *arguments, **others)
+
+    monkeypatch.setattr(LoRAPruneTrainer, "training_step", told)
+    report = run(Settings(**run_values(run_folder, "waits", recovery_steps=0)))
+    rows = events(report.folder)
+    waits = {row["step"]: row["forgetting"] for row in rows if row["event"] == "wait"}
+    assert waits == {4: True, 6: False}  # of 10 steps before recovery
+    assert not {row["step"] for row in rows if row["event"] == "propose"} & waits.keys()
+    looks = {row["step"]: row for row in rows if row["event"] == "score"}
+    assert all(looks[step]["retention"] < 1.0 for step in (4, 6, 8))
+    assert pushed[:10] == [True] * 6 + [False] * 2 + [True] * 2
+    assert json.loads(decision(report.folder))["breaks"]["floor"] >= 2
+    eighth = [row["event"] for row in rows if row.get("step") == 8 and row["event"] != "train"]
+    assert eighth[:2] == ["score", "propose"]  # below the floor still: no more waiting
 
 
 def test_every_cut_is_told_how_the_model_came_in_and_above_what_forgetting_needs_room(run_folder, monkeypatch):
@@ -157,13 +199,13 @@ def test_a_run_from_before_there_were_such_defaults_is_not_gone_on_with_by_them(
 def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):
     folders = [without_a_stop(name) for name in SCENARIOS]
     kinds = [one["event"] for folder in folders for one in events(folder)]
-    assert {"accept", "recover", "roll_back", "evaluate", "train"} <= set(kinds)
+    assert {"accept", "recover", "roll_back", "wait", "evaluate", "train"} <= set(kinds)
     assert len({one["step"] for one in events(folders[0]) if one["event"] == "accept"}) > 1
     assert json.loads(decision(folders[0]))["removals"]["index"]
     early = events(without_a_stop("cuts ended early"))
     assert max(one["step"] for one in early if one["event"] == "score") < 10  # of 4, 6, 8 and 10
     assert max(one["step"] for one in early if one["event"] == "evaluate") == 14  # no step is left out
-    assert next(one for one in early if one["event"] == "stop")["ended_by"] == "floor"
+    assert next(one for one in early if one["event"] == "stop")["ended_by"] == "guard"
 
 
 @pytest.mark.parametrize(("scenario", "moment"), STOPS)
@@ -173,7 +215,7 @@ def test_a_run_stopped_at_any_event_and_resumed_decides_as_one_without_a_stop(
     expected = without_a_stop(scenario)
     number = max(1, round(moment * len(events(expected))))
     output = f"{scenario} stopped at {moment}"
-    settings = Settings(**run_values(run_folder, output, **SCENARIOS[scenario]))
+    settings = scenario_settings(run_folder, scenario, output)
     with monkeypatch.context() as patch:
         Stop(patch, number, after=number % 2 == 0)
         with pytest.raises(KeyboardInterrupt):
@@ -524,6 +566,39 @@ def test_a_step_undone_makes_the_push_gentler_only_where_training_broke_the_limi
     looked = Look.from_values({"sparsity": 0.0, "retention": retention, "groups": {}, "forget": 0.5})
     trainer._follow(Decision((), "floor"), looked)
     assert trainer.run_state.forget_weight == weight
+
+
+LIMITS = Limits(0.9, max_guard_loss_ratio=1.1, ceilings=(0.2,), min_forget=0.3)
+WITHIN = {"retention": 0.95, "guard_loss_ratio": 1.0, "already_forgotten": (0.1,), "forget": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "step", "changes", "forgetting"),  # forgetting: None where the model is not left to mend
+    [
+        ({"retention": 0.8}, 4, {}, True),
+        ({"guard_loss_ratio": 1.2}, 4, {}, True),
+        ({"already_forgotten": (0.3,)}, 4, {}, True),
+        ({"retention": 0.8}, 6, {}, False),  # in the second half
+        ({"retention": 0.8, "forget": 0.4}, 4, {}, False),  # in the band
+        ({"retention": 0.8}, 10, {}, None),  # no later step could cut
+        ({"forget": 0.2}, 4, {}, None),  # the band's lower end alone
+        ({}, 4, {}, None),
+        ({"retention": 0.8}, 4, {"forget_loss": "none"}, None),
+    ],
+)
+def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
+    tmp_path, tokenizer, values, step, changes, forgetting
+):
+    trainer = make_trainer(tmp_path, tokenizer, Target(0.4, 0.3, 0.45, "forget_target"), **changes)
+    trainer.steering = replace(trainer.steering, limits=LIMITS)
+    trainer.run_state.step = step
+    looked = Look.from_values({"sparsity": 0.0, "groups": {}, **WITHIN, **values})
+    assert trainer._wait(looked, pushed=True) is (forgetting is not None)
+    assert trainer.run_state.forgetting is (forgetting is not False)
+    assert [one["event"] for one in trainer.seen] == ["wait"] * (forgetting is not None)
+    assert not trainer._wait(looked, pushed=False)  # twice without the push, it does not
+    trainer.steering = replace(trainer.steering, target=None)
+    assert not trainer._wait(looked, pushed=True)
 
 
 def seen(forget):

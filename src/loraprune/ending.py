@@ -105,7 +105,7 @@ def write_decision(folder: Path, state: RunState, groups: ModelGroups, mask: Mas
             "reached": removed_share(mask, groups, rules),  # of what sparsity is asked for
             "scores_left_out": state.sensitivities.skipped,  # for a number that was not finite
             "steps_left_out": state.skipped,  # for a gradient that was not finite
-            "breaks": state.breaks,  # how often each limit was found broken, at a proposal or during recovery
+            "breaks": state.breaks,  # how often each limit held the run back: at a wait, a cut, or in recovery
             "sparsity": mask.sparsity(groups),
             "groups": counts,
             "kept_by_layer": kept,

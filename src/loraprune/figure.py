@@ -25,7 +25,7 @@ from loraprune.words import Values, band_texts, percent
 
 FORGET, RETENTION, REMOVED, INK, QUIET = "#C44E00", "#0072B2", "#DDDDDD", "#333333", "#666666"
 BARS = {"before": "#BDBDBD", "after": "#0072B2", "reference": "#E69F00"}
-STOOD = ("accept", "roll_back", "evaluate", "stop")  # looks at a state that the run came to or went back to
+STOOD = ("wait", "accept", "roll_back", "evaluate", "stop")  # looks at a state that the run came to or went back to
 MARKS = {"repaired": "v", "rolled back": "x"}  # what came of a state that broke a limit
 LEGEND: dict[str, Any] = {
     "loc": "lower right",

@@ -123,9 +123,10 @@ def unlearning_prune(
     `look` measures the model as it is; `limits` adds a guard, ceilings and the band's lower end, and room for
     forgetting where `looked` says how the model came in. A step that breaks one gets `repair`, which returns how many
     training steps it took; still broken, `roll_back` (default: the model as it came in) undoes it and half the step is
-    tried, until the smallest fails: then nothing goes and the decision is ended by the limit's name. A step that only
-    takes forgetting's room gets no repair, and its decision has a look: pruning may go on later. `forget_dict` None:
-    plain compression. `ratio`: removed / all parameters allowed afterwards, or of every layer's groups where the rules
+    tried, until the smallest fails: then nothing goes and the decision is ended by the limit's name. It has a look, and
+    pruning may go on later, where the step only took forgetting's room, which may be all of it and more and gets no
+    repair, and where the model came in broken and was rolled back to where no step was tried. `forget_dict` None: plain
+    compression. `ratio`: removed / all parameters allowed afterwards, or of every layer's groups where the rules
     count these. `threshold` holds where the rules do not let all groups go.
     """
     live, rules = mask_of(model), replace(rules or Rules(), threshold=threshold)
@@ -148,13 +149,15 @@ def unlearning_prune(
         if not broken:
             record("accept", found, step=step, removed=removed)
             return _ended(decision, found, forget_goal)
+        came_in_broken = looked is not None and bool(limits.broken(looked))
         good = looked = roll_back()
         record("roll_back", good, step=step, broken=broken, tried=found.sparsity)
         if not removed:
             return _ended(decision, good, forget_goal)  # training alone broke the limit: there is no step to halve
         allowance /= 2
         if allowance < smallest:
-            return Decision((), broken[0], good if broken == ROOM else None)  # forgetting may need it no more next time
+            goes_on = broken == ROOM or came_in_broken  # the room may not be needed next time
+            return Decision((), broken[0], good if goes_on else None)
 
 
 def _ended(decision: Decision, look: Look, forget_goal: float | None) -> Decision:

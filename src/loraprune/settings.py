@@ -312,7 +312,7 @@ class Settings:
     recovery_steps: int = setting(
         20,
         "floor",
-        "LoRA steps on the retain set that a pruning step gets when it broke the floor or left the band downwards.",
+        "LoRA steps on the retain set that a pruning step gets that broke a limit, but for the floor above the band.",
         allowed=NOT_NEGATIVE,
     )
     forget_target: float | None = setting(

@@ -47,6 +47,7 @@ class Status:
     last_event: str | None
     looks: Sequence[Values]  # at the run's states, in order; not at what was only tried
     attempts: Sequence[Attempt]
+    waits: Sequence[Sequence[str]]  # limits broken at each pruning step that was left out, for training to mend them
     skipped: Mapping[str, int]  # steps left out, training and scoring, by reason
     outcome: str | None
     ended_by: str | None
@@ -74,6 +75,7 @@ def status_of(events: Sequence[Values], age: float) -> Status:
         last_event=last.get("event"),
         looks=[one for one in events if has_look(one, STOOD)],
         attempts=attempts(events),
+        waits=[one["broken"] for one in events if one["event"] == "wait"],
         skipped=dict(Counter(map(_reason, filter(_was_skipped, events)))),
         outcome=last.get("outcome"),
         ended_by=last.get("ended_by"),
@@ -199,6 +201,8 @@ def _count_rows(status: Status) -> Iterable[Row]:
         in_vain = sum(not one.accepted for one in repaired)
         broken = Counter(name for one in repaired for name in one.broken)
         yield "repairs", _counted(len(repaired), broken) + (f", {in_vain} in vain" if in_vain else "")
+    if status.waits:
+        yield "waited", _counted(len(status.waits), Counter(name for broken in status.waits for name in broken))
     if given_up:
         yield "rolled back", _counted(len(given_up), Counter(name for one in given_up for name in one.still_broken))
     if status.skipped:

@@ -87,14 +87,16 @@ class Limits:
 
     def broken(self, look: Look) -> tuple[Limit, ...]:
         """Return the limits that the model breaks."""
-        held: dict[Limit, bool] = {"floor": look.retention >= self.min_retain_performance}
+        held: dict[Limit, bool] = {}
+        if self.room is None:
+            held["floor"] = look.retention >= self.min_retain_performance
         if self.max_guard_loss_ratio is not None and look.guard_loss_ratio is not None:
             held["guard"] = look.guard_loss_ratio <= self.max_guard_loss_ratio
         held["ceiling"] = all(now <= high for now, high in zip(look.already_forgotten, self.ceilings, strict=True))
         if self.min_forget is not None and look.forget is not None:
             held["band"] = look.forget >= self.min_forget
-        if self.room is not None:
-            held["room"] = look.retention >= self.room or not held["floor"]
+        if self.room is not None:  # which lies above the floor
+            held["room"] = look.retention >= self.room
         return tuple(name for name, one in held.items() if not one)
 
     def of_cut(self, look: Look) -> "Limits":

@@ -259,18 +259,42 @@ class LoRAPruneTrainer(Trainer):
 
     def _prune(self, planned: float) -> None:
         begun, passes = monotonic(), self.settings.score_from == "passes"
-        broken = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
+        pushed, self.run_state.forgetting = self.run_state.forgetting, True  # a wait may have switched it off till now
+        unread = {name: self._score(name, one) for name, one in self.sets.scored()} if passes else {}
         scored = monotonic()
         looked = self._look()
         took = {"duration": round(scored - begun, 3), "look_duration": round(monotonic() - scored, 3)}
         rows = {name: min(len(one), self.settings.score_rows) for name, one in self.sets.scored() if passes}
         self.run_state.score_seconds += took["duration"]
-        self.record("score", looked, rows=rows, non_finite=joined(broken.values()), **took)
-        if any(broken.values()) or self.run_state.sensitivities.retain.totals is None:
+        self.record("score", looked, rows=rows, non_finite=joined(unread.values()), **took)
+        if any(unread.values()) or self.run_state.sensitivities.retain.totals is None:
             return
         if not self.steering.limits.broken(looked):
             self._hold(looked)
-        self._follow(self._step_of(planned, looked), looked)
+        if not self._wait(looked, pushed):
+            self._follow(self._step_of(planned, looked), looked)
+
+    def _wait(self, looked: Look, pushed: bool) -> bool:
+        """Leave a model that forgetting brought below a floor to mend, to be cut later; return whether it was left so.
+
+        A roll-back would lose what was forgotten. While the forget set is still known, and in the first half of the
+        steps before recovery, the push goes on: it fades, and training mends what it cost. Else it is off until the
+        next look; a model that is below a floor even then (`pushed` is False) does not wait again.
+        """
+        state = self.run_state
+        if not pushed or not self._may_mend(looked):
+            return False
+        state.forgetting = self._is_still_known(looked) and state.step <= state.main_end / 2
+        self.record("wait", looked, broken=self.steering.limits.broken(looked), forgetting=state.forgetting)
+        return True
+
+    def _may_mend(self, looked: Look) -> bool:
+        """Say whether forgetting may have brought the model below a floor, and a cut can wait for a later step."""
+        state, settings = self.run_state, self.settings
+        if self.steering.target is None or not settings.pushes_down or self.steering.acceptable(looked):
+            return False
+        later = range(state.step + 1, state.main_end + 1)
+        return any(planned_sparsity(step, settings) is not None for step in later)
 
     def _step_of(self, planned: float, looked: Look) -> Decision:
         """Take one pruning step, as far as the schedule and the steps before it allow."""
@@ -316,17 +340,14 @@ class LoRAPruneTrainer(Trainer):
         state.ended_by = decision.ended_by
         if decision.look is None or decision.ended_by == "target":
             left, state.main_end = state.main_end - state.step, state.step
-            if not self._is_still_known():
+            if not self._is_still_known(state.good_look):
                 state.end -= left
                 self.advance(0, new_total=state.end)
         self.undone_by = set()
 
-    def _is_still_known(self) -> bool:
-        """Say whether forgetting has a way to go: then a run that can cut no more takes its other steps for that.
-
-        The model stands where it was held last: a step that could not be taken was rolled back to there.
-        """
-        target, looked = self.steering.target, self.run_state.good_look
+    def _is_still_known(self, looked: Look | None) -> bool:
+        """Say whether forgetting has a way to go: the forget set is pushed down, and P is above its band."""
+        target = self.steering.target
         if target is None or looked is None or not self.settings.pushes_down:
             return False
         return (looked.forget or 0.0) > target.high
@@ -483,7 +504,7 @@ class LoRAPruneTrainer(Trainer):
         """Write one line of events.jsonl; its numbers also go to `report_to` and, in short, to the progress bar."""
         if kind == "roll_back":
             self.undone_by |= {*values["broken"]} - {"room"}
-        if kind in ("roll_back", "evaluate"):  # a repair that healed a break held nothing back
+        if kind in ("wait", "roll_back", "evaluate"):  # a repair that healed a break held nothing back
             for name in values.get("broken", ()):
                 self.run_state.breaks[name] = self.run_state.breaks.get(name, 0) + 1
         self.event(kind, **{"step": self.run_state.step, **look.as_values(), **values})
