@@ -22,7 +22,7 @@ SHOWN = ("score", "wait", "propose", "recover", "roll_back", "accept", "evaluate
 
 
 def main() -> None:
-    """Run it (a finished one is read), draw it, and tell the events of a step that waited, of one undone, and the end."""
+    """Run it (a finished one is read), draw it, and tell the events of steps that waited and were undone."""
     make_inputs(WORLD, 0)
     metrics = dict(run(settings_for(WORLD, 0, output=str(OUTPUT), **STRICT)).metrics)
     events = read_events(OUTPUT / "events.jsonl")
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def section(metrics: Any, events: list[dict[str, Any]]) -> str:
-    """Return the table of the first steps that waited and were rolled back, of recovery's first look, and of the stop."""
+    """Return the table of the first steps that waited and were undone, of recovery's first look, and of the stop."""
     waited, undone = ([one["step"] for one in events if one["event"] == kind] for kind in ("wait", "roll_back"))
     looks = [one for one in events if has_look(one, SHOWN)]
     told = [one for one in looks if one["step"] in (*waited[:1], *undone[:1])]
@@ -55,9 +55,10 @@ def section(metrics: Any, events: list[dict[str, Any]]) -> str:
         [
             markdown_table(header, rows),
             f"The demo's world, seed 0, with {strict}. Target P(forget) {goal['performance']:.3f}, band "
-            f"{goal['low']:.3f} to {goal['high']:.3f}; {counted(len(waited), 'wait')} and {counted(len(undone), 'roll-back')} in all; outcome "
-            f"`{metrics['outcome']}`; retention {floor['retention']:.3f} on the floor rows and "
-            f"{metrics['retention']:.3f} on the final rows. Made by `python bench/how_it_works.py`.",
+            f"{goal['low']:.3f} to {goal['high']:.3f}; {counted(len(waited), 'wait')} and "
+            f"{counted(len(undone), 'roll-back')} in all; outcome `{metrics['outcome']}`; retention "
+            f"{floor['retention']:.3f} on the floor rows and {metrics['retention']:.3f} on the final rows. Made by "
+            "`python bench/how_it_works.py`.",
         ]
     )
 

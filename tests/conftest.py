@@ -233,11 +233,8 @@ def make_rows():
 
 
 def save_inputs(folder, config, tokenizer):
-    """Write what a tiny run reads, a checkpoint, both sets and a guard text, and return the folder."""
+    """Write what a tiny run reads, a checkpoint and both sets, and return the folder."""
     save_checkpoint(make_model(config), tokenizer, folder / "checkpoint")
-    (folder / "guard.txt").write_text(
-        "The river bends twice before the mill.\n\nA lamp stands by the door of the inn.\n"
-    )
     for name, rows in make_rows().items():
         write_rows(folder / f"{name}.jsonl", rows)
     return folder
@@ -352,6 +349,6 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, tokenizer):
-    """A folder with what a tiny run reads: a checkpoint, both sets and a guard text."""
+    """A folder with what a tiny run reads: a checkpoint and both sets."""
     folder = tmp_path_factory.mktemp("inputs")
     return save_inputs(folder, FAMILY_CONFIGS["llama_gqa"](), tokenizer)

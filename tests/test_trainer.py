@@ -89,22 +89,8 @@ SCENARIOS = {
     },  # P(forget) is there already: recovery begins at once
     "another floor": {"min_retain_performance": 0.9, "seed": 2},
     "adapters": {"sparsity": 0.3, "metric": "lora", "score_power": 2, "recovery_steps": 0},
-    "cuts ended early": {  # by the guard, P(forget) above its band
-        "sparsity": 0.3,
-        "recovery_steps": 0,
-        "seed": 3,
-        "min_retain_performance": 0.3,
-        "max_guard_loss_ratio": 1.0,
-    },
+    "cuts ended early": {"sparsity": 0.3, "recovery_steps": 0, "seed": 3},  # by the floor, P(forget) above its band
 }
-
-
-def scenario_settings(run_folder, scenario, output):
-    changes = SCENARIOS[scenario]
-    guard = {"guard": str(run_folder / "guard.txt")} if "max_guard_loss_ratio" in changes else {}
-    return Settings(**run_values(run_folder, output, **guard, **changes))
-
-
 MOMENTS = random.Random(5)
 BETA = Settings().forget_loss_beta
 STOPS = [("unlearning", round((part + MOMENTS.random()) / 7, 3)) for part in range(7)] + [("unlearning", 1.0)]
@@ -120,7 +106,7 @@ def without_a_stop(finished, run_folder):
     def folder(scenario):
         if scenario not in made:
             made[scenario] = run_folder / scenario
-            run(scenario_settings(run_folder, scenario, scenario))
+            run(Settings(**run_values(run_folder, scenario, **SCENARIOS[scenario])))
         return made[scenario]
 
     return folder
@@ -152,21 +138,24 @@ def test_a_model_that_forgetting_brought_below_the_floor_is_left_to_mend(run_fol
     pushed, training_step = [], LoRAPruneTrainer.training_step
 
     def told(trainer, *arguments, **others):
-        pushed.append(trainer.run_state.forgetting)
+        pushed.extend([] if trainer.repairing else [trainer.run_state.forgetting])
         return training_step(trainer, *arguments, **others)
 
     monkeypatch.setattr(LoRAPruneTrainer, "training_step", told)
-    report = run(Settings(**run_values(run_folder, "waits", recovery_steps=0)))
+    report = run(Settings(**run_values(run_folder, "waits", prune_rounds=8)))
     rows = events(report.folder)
+    looks = {row["step"]: row["retention"] for row in rows if row["event"] == "score"}
+    moves = {
+        step: [row["event"] for row in rows if row.get("step") == step and row["event"] != "train"] for step in looks
+    }
+    assert all(looks[step] < 1.0 for step in (4, 6, 8, 10, 12))
+    assert moves[4][:2] == ["score", "propose"]  # from the first look on: it begins anew
     waits = {row["step"]: row["forgetting"] for row in rows if row["event"] == "wait"}
-    assert waits == {4: True, 6: False}  # of 10 steps before recovery
-    assert not {row["step"] for row in rows if row["event"] == "propose"} & waits.keys()
-    looks = {row["step"]: row for row in rows if row["event"] == "score"}
-    assert all(looks[step]["retention"] < 1.0 for step in (4, 6, 8))
-    assert pushed[:10] == [True] * 6 + [False] * 2 + [True] * 2
-    assert json.loads(decision(report.folder))["breaks"]["floor"] >= 2
-    eighth = [row["event"] for row in rows if row.get("step") == 8 and row["event"] != "train"]
-    assert eighth[:2] == ["score", "propose"]  # below the floor still: no more waiting
+    assert waits == {6: True, 8: True, 10: False}  # of 18 steps before recovery
+    assert all(moves[step] == ["score", "wait"] for step in waits)
+    assert moves[12][:2] == ["score", "propose"]  # below the floor still: no more waiting
+    assert pushed[:14] == [True] * 10 + [False] * 2 + [True] * 2
+    assert json.loads(decision(report.folder))["breaks"]["floor"] >= 3
 
 
 def test_every_cut_is_told_how_the_model_came_in_and_above_what_forgetting_needs_room(run_folder, monkeypatch):
@@ -205,7 +194,7 @@ def test_the_tiny_runs_meet_what_a_stop_could_spoil(without_a_stop):
     early = events(without_a_stop("cuts ended early"))
     assert max(one["step"] for one in early if one["event"] == "score") < 10  # of 4, 6, 8 and 10
     assert max(one["step"] for one in early if one["event"] == "evaluate") == 14  # no step is left out
-    assert next(one for one in early if one["event"] == "stop")["ended_by"] == "guard"
+    assert next(one for one in early if one["event"] == "stop")["ended_by"] == "floor"
 
 
 @pytest.mark.parametrize(("scenario", "moment"), STOPS)
@@ -215,7 +204,7 @@ def test_a_run_stopped_at_any_event_and_resumed_decides_as_one_without_a_stop(
     expected = without_a_stop(scenario)
     number = max(1, round(moment * len(events(expected))))
     output = f"{scenario} stopped at {moment}"
-    settings = scenario_settings(run_folder, scenario, output)
+    settings = Settings(**run_values(run_folder, output, **SCENARIOS[scenario]))
     with monkeypatch.context() as patch:
         Stop(patch, number, after=number % 2 == 0)
         with pytest.raises(KeyboardInterrupt):
@@ -584,14 +573,17 @@ WITHIN = {"retention": 0.95, "guard_loss_ratio": 1.0, "already_forgotten": (0.1,
         ({"forget": 0.2}, 4, {}, None),  # the band's lower end alone
         ({}, 4, {}, None),
         ({"retention": 0.8}, 4, {"forget_loss": "none"}, None),
+        ({"retention": 0.8}, 4, {"began_well": False}, None),
     ],
 )
 def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
     tmp_path, tokenizer, values, step, changes, forgetting
 ):
+    began_well = changes.get("began_well", True)
+    changes = {name: one for name, one in changes.items() if name != "began_well"}
     trainer = make_trainer(tmp_path, tokenizer, Target(0.4, 0.3, 0.45, "forget_target"), **changes)
     trainer.steering = replace(trainer.steering, limits=LIMITS)
-    trainer.run_state.step = step
+    trainer.run_state.step, trainer.run_state.began_well = step, began_well
     looked = Look.from_values({"sparsity": 0.0, "groups": {}, **WITHIN, **values})
     assert trainer._wait(looked, pushed=True) is (forgetting is not None)
     assert trainer.run_state.forgetting is (forgetting is not False)

@@ -53,6 +53,7 @@ class RunState:
     score_seconds: float = 0.0
     sensitivities: SensitivityDict = field(default_factory=SensitivityDict)
     good_look: Look | None = None  # the model at the point to roll back to; None before the first look
+    began_well: bool = False  # whether a look since the first step was one to roll back to
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def unlearning_prune(
     scores, roll_back = SensitivityDict.of(forget_dict, retain_dict), roll_back or _back_to_now(model, look)
     begun = 0.0 if rules.of_groups else live.value.sparsity(live.groups)
     allowance, smallest = ratio - begun, smallest_share(live.groups, rules, live.value)
+    came_in_broken = looked is not None and bool(limits.broken(looked))
     while True:
         goal = {"forget_performance": forget_performance, "forget_goal": forget_goal}
         decision = local_prune(model, scores, begun + allowance, 1.0, rules=rules, step=step, rescale=rescale, **goal)
@@ -149,7 +150,6 @@ def unlearning_prune(
         if not broken:
             record("accept", found, step=step, removed=removed)
             return _ended(decision, found, forget_goal)
-        came_in_broken = looked is not None and bool(limits.broken(looked))
         good = looked = roll_back()
         record("roll_back", good, step=step, broken=broken, tried=found.sparsity)
         if not removed:
@@ -158,6 +158,7 @@ def unlearning_prune(
         if allowance < smallest:
             goes_on = broken == ROOM or came_in_broken  # the room may not be needed next time
             return Decision((), broken[0], good if goes_on else None)
+        came_in_broken = False  # from where it stands now the next step is tried
 
 
 def _ended(decision: Decision, look: Look, forget_goal: float | None) -> Decision:

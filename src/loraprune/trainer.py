@@ -279,10 +279,11 @@ class LoRAPruneTrainer(Trainer):
 
         A roll-back would lose what was forgotten. While the forget set is still known, and in the first half of the
         steps before recovery, the push goes on: it fades, and training mends what it cost. Else it is off until the
-        next look; a model that is below a floor even then (`pushed` is False) does not wait again.
+        next look; a model that is below a floor even then (`pushed` is False) does not wait again. Nor does one that
+        was below it from the first look on: it begins anew with half of the push.
         """
         state = self.run_state
-        if not pushed or not self._may_mend(looked):
+        if not pushed or not state.began_well or not self._may_mend(looked):
             return False
         state.forgetting = self._is_still_known(looked) and state.step <= state.main_end / 2
         self.record("wait", looked, broken=self.steering.limits.broken(looked), forgetting=state.forgetting)
@@ -421,7 +422,7 @@ class LoRAPruneTrainer(Trainer):
 
     def _hold(self, looked: Look) -> None:
         """Make the model as it is now the point to roll back to."""
-        self.good, self.run_state.good_look = self._point(), looked
+        self.good, self.run_state.good_look, self.run_state.began_well = self._point(), looked, True
 
     def _point(self) -> Point:
         return Point(take_state(self.adapted), moments_of(self.stepper))
