@@ -312,7 +312,8 @@ class Settings:
     recovery_steps: int = setting(
         20,
         "floor",
-        "LoRA steps on the retain set that a pruning step gets that broke a limit, but for the floor above the band.",
+        "LoRA steps on the retain set after a pruning step that broke a limit; none after one that broke the floor "
+        "while P(forget) was above its band.",
         allowed=NOT_NEGATIVE,
     )
     forget_target: float | None = setting(
