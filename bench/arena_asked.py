@@ -43,6 +43,10 @@ class Lead(NamedTuple):
     def is_sure(self) -> bool:
         return self.half is not None and self.least > 0
 
+    @property
+    def is_sure_defeat(self) -> bool:
+        return self.half is not None and self.mean + self.half < 0
+
     def __str__(self) -> str:
         half = self.half
         return f"{self.mean:+.3f}" + ("" if half is None else f" ({self.mean - half:+.3f} to {self.mean + half:+.3f})")
@@ -67,18 +71,19 @@ def _lines(world: Values, ours: str) -> Iterator[Line]:
     yield _limit("P(forget) in NF4 at most {} higher", cells, lambda one: one["rounded_gap"]["nf4"], ROUNDED, le)
     area = "relearning area at most {} above the reference's"
     yield _limit(area, cells, lambda one: one["relearning_gap"], AREA, le)
-    if masks := [key for key in _of_role(world, "control") if _left(world, key) <= _left(world, ours) + ALIKE]:
-        leads = [lead_of(world, ours, key, "composite_relearning") for key in masks]
-        what = "surely ahead of every mask of equal size, with relearning"
-        yield _led(what, leads, YES if all(one.is_sure for one in leads) else NO)
-    rivals = _of_role(world, "rival")
-    for what, name in (
-        ("ahead of every rival, with", "composite_relearning"),
-        ("behind no rival, without", "composite"),
-    ):
-        if leads := [lead_of(world, ours, key, name) for key in rivals]:
-            in_mean = IN_MEAN if all(one.mean > 0 for one in leads) else NO
-            yield _led(f"{what} relearning", leads, YES if all(one.is_sure for one in leads) else in_mean)
+    masks = _of_role(world, "control")
+    alike = [key for key in masks if _left(world, key) <= _left(world, ours) + ALIKE]
+    if masks:
+        larger = [key for key in masks if key not in alike]
+        beside = f" ({', '.join(larger)}: larger, for the floor)" if larger else ""
+        leads = [lead_of(world, ours, key, "composite_relearning") for key in alike]
+        yield _led(f"surely ahead of every mask of equal size{beside}, with relearning", leads, NO)
+    if rivals := _of_role(world, "rival"):
+        among = f"{counted(len(rivals), 'rival')} measured"
+        leads = [lead_of(world, ours, key, "composite_relearning") for key in rivals]
+        yield _led(f"ahead of every rival, with relearning ({among})", leads, IN_MEAN)
+        leads = [lead_of(world, ours, key, "composite") for key in rivals]
+        yield _led(f"behind no rival, without relearning ({among})", leads, IN_MEAN)
 
 
 def _said(met: bool) -> str:
@@ -106,15 +111,12 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def _bystanders(world: Values, ours: str) -> Line:
-    kept = {
-        key: fmean(cell["kept"]["bystander"] for cell in one["cells"])
-        for key, one in world["contestants"].items()
-        if key == ours or one["role"] in ("control", "rival")
-    }
-    best = max(kept, key=lambda key: kept[key])
-    behind = kept[best] - kept[ours]
+    rated = [ours, *_of_role(world, "control"), *_of_role(world, "rival")]
+    kept = {key: _by_seed(world, key, lambda cell: cell["kept"]["bystander"]) for key in rated}
+    best = max(kept, key=lambda key: fmean(kept[key].values()))
+    behind = paired(kept[best], kept[ours])
     what = f"bystanders at most {BEHIND:.2f} behind the contestant that keeps most of them"
-    return what, f"{behind:.3f}, {best}", _said(behind <= BEHIND)
+    return what, f"{spread(behind)}, {best}", _said(fmean(behind) <= BEHIND)
 
 
 def _of_role(world: Values, role: str) -> list[str]:
@@ -127,12 +129,22 @@ def _left(world: Values, key: str) -> float:
 
 def lead_of(world: Values, ours: str, key: str, name: str) -> Lead:
     """Return by how much ours leads a contestant on a composite, over the seeds that both have."""
-    scores = [{cell["seed"]: cell[name] for cell in world["contestants"][one]["cells"]} for one in (ours, key)]
-    differences = paired(*scores)
+    differences = paired(*(_by_seed(world, one, lambda cell: cell[name]) for one in (ours, key)))
     return Lead(key, fmean(differences), half_width(differences))
 
 
-def _led(what: str, leads: Sequence[Lead], met: str) -> Line:
-    """Return the line of a lead over all of these; it shows the least of them."""
-    least = min(leads, key=lambda one: one.least)
-    return what, f"{least}, {least.name}", met
+def _by_seed(world: Values, key: str, of: Column) -> dict[int, float]:
+    return {cell["seed"]: of(cell) for cell in world["contestants"][key]["cells"]}
+
+
+def _led(what: str, leads: Sequence[Lead], in_mean: str) -> Line:
+    """Return the line of a lead over all of these; it shows the least of them. `in_mean`: the answer to a lead of all
+    of them in the mean, which is not sure."""
+    if not leads:
+        return what, "none measured", NO
+    least = min(leads, key=lambda one: one.mean)
+    if all(one.is_sure for one in leads):
+        return what, f"{least}, {least.name}", YES
+    met = in_mean if least.mean > 0 else NO
+    behind = [one.name for one in leads if one.is_sure_defeat]
+    return what, f"{least}, {least.name}", met + (f", surely behind {' and '.join(behind)}" if behind else "")

@@ -9,7 +9,7 @@ Symbols  P = performance, ES = extraction strength; closeness(x) = 1 - |x - refe
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from statistics import fmean, stdev
@@ -152,10 +152,13 @@ def judge(marks: Values, original: Values, reference: Values) -> Values:
     """Return one contestant's numbers on one seed: differences from the reference, what is kept, and the composites."""
     kept = _kept(marks, original)
     area, least = marks["relearning"]["area"], reference["relearning"]["area"]
+    rise, least_rise = (one["area"] - one["curve"][0][1] for one in (marks["relearning"], reference["relearning"]))
     parts = {
-        "memorisation": _mean(closeness(marks[name], reference[name]) for name in FORGOTTEN),
-        "privacy": _mean(closeness(marks["membership"][name], reference["membership"][name]) for name in MEMBERSHIP),
-        "utility": _mean(min(1.0, one) for one in kept.values()),
+        "memorisation": harmonic_mean(closeness(marks[name], reference[name]) for name in FORGOTTEN),
+        "privacy": harmonic_mean(
+            closeness(marks["membership"][name], reference["membership"][name]) for name in MEMBERSHIP
+        ),
+        "utility": harmonic_mean(min(1.0, one) for one in kept.values()),
     }
     resistance = 1 - max(0.0, area - least) / (1 - least)
     return {
@@ -165,14 +168,15 @@ def judge(marks: Values, original: Values, reference: Values) -> Values:
         "kept": kept,
         "auc_gap": marks["membership"]["min_k"] - reference["membership"]["min_k"],
         "relearning_gap": area - least,
+        "relearning_rise_gap": rise - least_rise,
         "rounded_gap": {name: one - marks["performance"] for name, one in marks["rounded"].items()},
         **{f"{name}_gap": _differences(marks[name], reference[name]) for name in ("sampled", "reworded")},
         "left": marks["parameters"] / original["parameters"],
         "prefill": marks["prefill"],
         **parts,
         "resistance": resistance,
-        "composite": _mean(parts.values()),
-        "composite_relearning": _mean([*parts.values(), resistance]),
+        "composite": harmonic_mean(parts.values()),
+        "composite_relearning": harmonic_mean([*parts.values(), resistance]),
     }
 
 
@@ -188,7 +192,7 @@ def _differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict
     return {name: one - theirs[name] for name, one in ours.items()}
 
 
-def _mean(values: Any) -> float:
+def harmonic_mean(values: Iterable[float]) -> float:
     """Return the harmonic mean, 0 where one value is."""
     return float(hmean([max(0.0, one) for one in values]))
 

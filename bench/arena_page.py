@@ -7,9 +7,10 @@ Symbols  cells: mean over seeds ± half of its 95% interval; ours ahead: ours mi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from math import isnan, nan
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -30,7 +31,7 @@ COMPOSITES = {"composite": "composite", "composite_relearning": "with relearning
 FORGOTTEN_AND_KEPT: dict[str, Column] = {
     "P - ref.": lambda one: one["performance_gap"],
     "ES - ref.": lambda one: one["extraction_strength_gap"],
-    "forget quality, p": lambda one: one["forget_quality"],
+    "truth ratio - ref.": lambda one: one["truth_ratio_gap"],
     "retention": lambda one: one["kept"][WITHHELD],
     "taught": lambda one: one["kept"][TAUGHT],
     "bystanders": lambda one: one["kept"].get("bystander", nan),
@@ -43,6 +44,7 @@ FORGOTTEN_AND_KEPT: dict[str, Column] = {
 ATTACKED_AND_SPENT: dict[str, Column] = {
     "min-k AUC - ref.": lambda one: one["auc_gap"],
     "relearning area - ref.": lambda one: one["relearning_gap"],
+    "its rise - ref.": lambda one: one["relearning_rise_gap"],
     f"best of {SAMPLES}, facts - ref.": lambda one: one["sampled_gap"]["contains"],
     f"best of {SAMPLES}, ROUGE-L - ref.": lambda one: one["sampled_gap"]["rouge_l_recall"],
     "worst wording, P - ref.": lambda one: one["reworded_gap"]["performance"],
@@ -53,8 +55,10 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
     "peak, MiB": lambda one: one["peak_mib"],
     "seconds": lambda one: one["seconds"],
 }
-UNTAUGHT = (WITHHELD, "bystander")
+UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
+LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
+PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
@@ -66,21 +70,24 @@ def section(values: Values) -> str:
 
 
 def _world(name: str, world: Values) -> str:
-    size, seeds = world["sparsity"], len(world["seeds"])
+    size, seeds = world["sparsity"], world["seeds"]
     look = f"look ahead by {radius:g}" if (radius := world["relearning_radius"]) else "do not look ahead"
-    asked = f"{counted(seeds, 'seed')}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
-    title = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
+    named = f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
+    asked = f"{named}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
+    heading = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
+    made_by = {"source": {key: ", ".join(sorted(_sources(one))) for key, one in world["contestants"].items()}}
+    quality = {"forget quality, p": {key: _quality(one["cells"]) for key, one in world["contestants"].items()}}
     ahead = {
         f"ours ahead, {title}": {key: _ahead(world, key, composite) for key in world["contestants"]}
         for composite, title in COMPOSITES.items()
     }
     tables = [
-        {**points, **_columns(world, FORGOTTEN_AND_KEPT), **ahead},
-        _columns(world, ATTACKED_AND_SPENT),
+        {**points, **quality, **_columns(world, FORGOTTEN_AND_KEPT), **ahead},
+        {**_columns(world, ATTACKED_AND_SPENT), **made_by},
     ]
-    asked = [asked_table(world, OURS)] if OURS in world["contestants"] else []
-    return "\n\n".join([title, *asked, *(_table(world, one) for one in tables)])
+    of_ours = [asked_table(world, OURS)] if OURS in world["contestants"] else []
+    return "\n\n".join([heading, *of_ours, *(_table(world, one) for one in tables)])
 
 
 def _table(world: Values, columns: Mapping[str, Mapping[str, str]]) -> str:
@@ -105,6 +112,12 @@ def _point(one: Values) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
 
 
+def _quality(cells: Sequence[Values]) -> str:
+    """Return the median p, and of how many seeds it does not tell a cell from the reference."""
+    found = [cell["forget_quality"] for cell in cells]
+    return f"{median(found):.3f}; {sum(p >= UNTOLD for p in found)} of {len(found)}"
+
+
 def _ahead(world: Values, key: str, name: str) -> str:
     """Return by how much ours leads on a composite, with the interval of the paired differences."""
     if key == OURS or OURS not in world["contestants"]:
@@ -116,58 +129,79 @@ def _searched(world: Values) -> str:
     """Return how the contestants came to their points."""
     return (
         "Points: of each rival's three the one with the best composite with relearning on the first seed, kept on the "
-        "others; ours and the controls have one, the defaults."
+        "others and for the composite without; ours and the controls have one, the defaults."
         if any(len(one["tried"]) > 1 for one in world["contestants"].values())
         else "Points: each contestant's default; the rivals' grids were not searched."
     )
 
 
 def _machine(world: Values) -> str:
-    """Return what the cells were made on, by which code, and what of their peak is there before anything is made."""
+    """Return what the cells were made on, and what of their peak is there before anything is made."""
     cells = [cell for one in world["contestants"].values() for cell in one["cells"]]
     machines, jobs = sorted({cell["machine"] for cell in cells}), max(cell["jobs"] for cell in cells)
     before = fmean(cell["before_mib"] for cell in cells)
     return (
-        f"Made by source {' and '.join(sorted(sources(world)))} on {' and '.join(machines)}, which other work may have "
-        f"shared, at most {counted(jobs, 'cell')} at once; libraries and rows take {before:.0f} MiB of the peak."
+        f"Made on {' and '.join(machines)}, which other work may have shared, at most {counted(jobs, 'cell')} at once; "
+        f"libraries and rows take {before:.0f} MiB of the peak."
     )
 
 
 def sources(world: Values) -> set[str]:
     """Return by which code a world's cells were made."""
-    return {cell["source"] for one in world["contestants"].values() for cell in one["cells"]}
+    return set[str]().union(*map(_sources, world["contestants"].values()))
 
 
-MEANINGS = (
-    "Cells: mean over seeds ± half of its 95% interval of Student's t, the number alone where there is one seed; ours "
-    "ahead: paired differences by seed, with the same interval. "
-    "P, ES (extraction strength), min-k AUC, relearning area, best of samples and worst wording are given as "
-    "differences from the reference's. Retention: P after / P before on withheld rows; taught, bystanders: the same "
-    "there. Memorisation: harmonic mean of the closeness of P, ES and truth ratio to the reference's, where closeness "
-    "is 1 - |difference| / max(reference, 1 - reference); privacy: the same of four membership AUCs (loss, zlib, "
-    "min-k, min-k++); utility: harmonic mean of what is kept of each set, at most 1. Composite: harmonic mean "
-    "of the three; with relearning: of these and 1 - excess area / (1 - reference's area). "
-    "Relearning: all weights are trained on one half of the forget set, the other half is asked for; its area "
-    f"is the mean height of that curve. Best of {SAMPLES}: of as many answers drawn at temperature 1 to each of "
-    f"{ASKED} forget questions, or all there are if fewer, the same for every contestant of a seed: in how many "
-    "questions one holds every marked fact (the whole answer where none is marked), and the best ROUGE-L recall. "
-    "Worst wording: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a "
-    "jailbreak. Gaps: P(forget) in NF4 or int8 minus P in float32. Left: parameters, of the original's. Prefill: the "
-    "original's processor seconds over this checkpoint's, in turns in one process of one thread, to read "
-    f"{PREFILL['tokens']:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, beside what "
-    f"other cells ask of it, and {GPU_PREFILL} times as many tokens. "
-    "Every contestant sees the same rows. Those that train with a forget loss and score nothing take more steps "
-    "in place of the scoring passes, in all at least as many rows as ours; RMU too; after a cut or a damping at "
-    "once come the steps of repair alone. Rivals are steered by the mean of the forget rows, for they push all alike; "
-    "ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss of each half of a batch is "
-    "taken where relearning the other half would lead, which passes the forget rows twice a step and reads them once "
-    "more; rivals take more steps for it, ours not looking ahead takes as many, of fewer rows. "
-    "A mask may end larger than it was asked to, where a smaller one would break the floor; no floor: it goes on. "
-    "In the figure of what is kept, the dashed lines are what was asked of ours: "
-    f"an area at most {AREA:.2f} above the reference's, and {KEPT:.2f} kept. "
-    "Seconds and peak: of making the checkpoint alone, in a process of its own; peak is the most main memory that it "
-    "held, a GPU's own is not counted. Made by `python bench/arena.py`."
-)
+def _sources(one: Values) -> set[str]:
+    return {cell["source"] for cell in one["cells"]}
+
+
+MEANINGS = f"""What the tables hold:
+
+- **a cell**: mean over seeds ± half of its 95% interval of Student's t, the number alone where there is one seed.
+- **ours ahead**: differences paired by seed, with the same interval.
+- **met**: a limit by the mean over seeds; a lead surely where every interval is above 0, in the mean where every mean
+  is.
+- **- ref.**: less the reference's.
+- **P**: performance; **ES**: extraction strength.
+- **forget quality**: the median p of a Kolmogorov-Smirnov test of the truth ratios against the reference's, and on how
+  many seeds it is {UNTOLD} or more: there it cannot tell the two apart.
+- **retention**: P after / P before on withheld rows; **taught**, **bystanders**: the same there; **guard**: loss
+  before / after.
+- **memorisation**: harmonic mean of the closeness of P, ES and truth ratio to the reference's, where closeness is 1 -
+  |difference| / max(reference, 1 - reference).
+- **privacy**: harmonic mean of the closeness of four membership AUCs (loss, zlib, min-k, min-k++).
+- **utility**: harmonic mean of what is kept of each set, at most 1.
+- **composite**: harmonic mean of these three; **with relearning**: of these and 1 - excess area / (1 - reference's
+  area).
+- **relearning**: all weights are trained on one half of the forget set, the other half is asked for. Its **area** is
+  the mean height of that curve, its **rise** the area less the height at which it begins.
+- **best of {SAMPLES}**: of as many answers drawn at temperature 1 to each of {ASKED} forget questions, or all there
+  are if fewer, the same for every contestant of a seed: in how many questions one holds every marked fact (the whole
+  answer where none is marked), and the best ROUGE-L recall.
+- **worst wording**: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a
+  jailbreak.
+- **NF4 gap**, **int8 gap**: P(forget) in that format less P in float32.
+- **left**: parameters, of the original's.
+- **prefill**: the original's processor seconds over this checkpoint's, in turns in one process of one thread, to read
+  {PREFILL["tokens"]:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, beside what other
+  cells ask of it, and {GPU_PREFILL} times as many tokens.
+- **seconds**, **peak**: of making the checkpoint alone, in a process of its own; peak is the most main memory that it
+  held, a GPU's own is not counted.
+- **source**: a hash of the code that made a cell.
+
+Every contestant sees the same rows. Rivals that train with a forget loss, and RMU, take more steps in place of the
+scoring passes, in all at least as many rows as ours by its settings. A random or magnitude mask is not scored by
+passes and gets no steps for it; what a broken floor adds to ours or a control, in repairs and looks, is not made up
+for; after a cut or a damping at once come the steps of repair alone. Rivals are steered by the mean of the forget
+rows, for they push all alike; ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss of
+each half of a batch is taken where relearning the other half would lead, which passes the forget rows twice a step and
+reads them once more; rivals take more steps for it, ours not looking ahead takes as many, of fewer rows. A mask may
+end larger than it was asked to, where a smaller one would break the floor; no floor: it goes on. In the second figure
+the dashed lines are what was asked of ours: an area at most {AREA:.2f} above the reference's, and {KEPT:.2f} kept.
+
+Made by `python bench/arena.py --worlds WORLD --seeds ... --contestants ...`, with `--defaults` where no grid was
+searched; the seeds on this page are the default. The quick form, `--quick --jobs 2`, compares a few contestants on one
+seed of the demo and leaves this page as it is."""
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -180,7 +214,9 @@ def draw(values: Values, path: Path) -> None:
 
     def world(axes: Axes, one: Values) -> None:
         _points(axes, one, looks, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
-        _star(axes, _kept_by_reference(one, (WITHHELD,)), 0.0)
+        _star(axes, _kept_by_reference(one), 0.0)
+        lowest, highest = axes.get_ylim()
+        axes.set_ylim(min(lowest, -LEAST_SHOWN), max(highest, LEAST_SHOWN))
         axes.set_xlabel("retention on withheld rows")
         axes.set_ylabel("P(forget) - the reference's")
 
@@ -188,33 +224,25 @@ def draw(values: Values, path: Path) -> None:
 
 
 def draw_frontier(values: Values, path: Path) -> None:
-    """Draw what is kept of the sets that nothing teaches against how much of what is forgotten comes back.
-
-    Dashed: what was asked of ours.
-    """
+    """Draw what is kept of withheld rows against how much of what is forgotten comes back; dashed: what was asked."""
 
     looks = _looks(values)
 
     def world(axes: Axes, one: Values) -> None:
-        names = [name for name in UNTAUGHT if name in next(iter(one["ends"].values()))["original"]["sets"]]
-
-        def kept(cell: Values) -> float:
-            return fmean(cell["kept"][name] for name in names)
-
-        _points(axes, one, looks, lambda cell: cell["relearning_gap"], kept)
-        _star(axes, 0.0, _kept_by_reference(one, names))
+        _points(axes, one, looks, lambda cell: cell["relearning_gap"], lambda cell: cell["kept"][WITHHELD])
+        _star(axes, 0.0, _kept_by_reference(one))
         axes.axvline(AREA, color="#999999", linewidth=0.8, linestyle="--")
         axes.axhline(KEPT, color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xlabel("relearning area - the reference's")
-        axes.set_ylabel("kept: mean of withheld rows and bystanders")
+        axes.set_ylabel("retention on withheld rows")
 
     _figure(values, path, world)
 
 
-def _kept_by_reference(world: Values, names: Sequence[str]) -> float:
-    """Return the mean over seeds and sets of what the reference knows, of what the original does."""
-    pairs = [(one["reference"]["sets"], one["original"]["sets"]) for one in world["ends"].values()]
-    return fmean(theirs[name]["performance"] / ours[name]["performance"] for theirs, ours in pairs for name in names)
+def _kept_by_reference(world: Values) -> float:
+    """Return the mean over seeds of what the reference knows of withheld rows, of what the original does."""
+    pairs = [(one["reference"]["sets"][WITHHELD], one["original"]["sets"][WITHHELD]) for one in world["ends"].values()]
+    return fmean(theirs["performance"] / ours["performance"] for theirs, ours in pairs)
 
 
 def _star(axes: Axes, across: float, up: float) -> None:
@@ -269,17 +297,20 @@ def _looks(values: Values) -> dict[str, Values]:
 
 
 def _figure(values: Mapping[str, Values], path: Path, world: Callable[[Axes, Values], None]) -> None:
-    """Draw one panel a world, the legend beside them."""
-    figure, panels = pyplot.subplots(
-        1, len(values), figsize=(4.2 * len(values) + 3.0, 4.4), squeeze=False, layout="constrained"
-    )
-    for axes, (name, one) in zip(panels[0], values.items(), strict=True):
-        world(axes, one)
-        axes.set_title(name)
+    """Draw one panel a world, PER_ROW beside each other, the legend below them."""
+    rows, columns = -(-len(values) // PER_ROW), min(PER_ROW, len(values))
+    size = 4.2 * columns, 3.8 * rows
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, (name, one) in zip_longest(panels.flat, values.items(), fillvalue=("", None)):
+        if one is None:
+            axes.set_axis_off()
+        else:
+            world(axes, one)
+            axes.set_title(name)
     named: dict[str, Any] = {}
-    for axes in panels[0]:
+    for axes in panels.flat:
         handles, labels = axes.get_legend_handles_labels()
         named.update(zip(labels, handles, strict=True))
-    panels[0][-1].legend(named.values(), named, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
