@@ -3,8 +3,9 @@
 Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under the hash of their content, settings and
          point, and are not made again: empty it when the code has changed. Cells that bench/results/arena.json holds
          count as made where the world comes out the same; --anew takes none from there
-Gives    bench/results/arena.json, where worlds that are not asked for stay as they are; docs/arena.png,
-         docs/arena_frontier.png, docs/arena_relearning.png and the section of docs/results.md
+Gives    bench/results/arena.json, docs/arena.png, docs/arena_frontier.png, docs/arena_relearning.png and the section
+         of docs/results.md. There worlds that are not asked for stay as they are, and so do a world's other
+         contestants where its seeds, and the models of each, are the same; else all of it is replaced
 Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
          for the marks
 Symbols  a cell = one point of one contestant on one seed of one world
@@ -23,7 +24,7 @@ from arena_cells import Cell, Checkpoint, End, fill, made_worlds, put_back, sour
 from arena_contestants import CONTESTANTS, QUICK
 from arena_marks import judge
 from arena_page import draw, draw_frontier, draw_relearning, section, sources
-from arena_worlds import CACHE, ON_GPU, WORLDS, Values, World
+from arena_worlds import BETTER_ON_GPU, CACHE, ON_GPU, TRIED_ON, WORLDS, Values, World
 from filelock import FileLock
 from results_page import ROOT, results_path, write_results
 
@@ -40,8 +41,14 @@ def main() -> None:
     """Run what has not been run yet, print the JSON's place and the table, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = [name for name in WORLDS if name not in ON_GPU or torch.cuda.is_available()]
-    parser.add_argument("--worlds", nargs="+", default=here, choices=list(WORLDS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="the first one chooses the points")
+    usual = [name for name in here if name not in TRIED_ON and (name not in BETTER_ON_GPU or torch.cuda.is_available())]
+    parser.add_argument("--worlds", nargs="+", default=usual, choices=list(WORLDS), help=f"default: {', '.join(usual)}")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        help=f"the first chooses the points; default: those of the world's results, or {SEEDS[0]} to {SEEDS[-1]}",
+    )
     parser.add_argument("--contestants", nargs="+", default=None, choices=list(CONTESTANTS))
     parser.add_argument("--defaults", action="store_true", help="no grids: each contestant at its default point")
     parser.add_argument(
@@ -59,7 +66,8 @@ def main() -> None:
         parser.error("--jobs is at least 1")
     names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
     worlds = options.worlds[:1] if options.quick else options.worlds
-    seeds = options.seeds[:1] if options.quick else options.seeds
+    seeds = {name: options.seeds or earlier().get(name, {}).get("seeds", SEEDS) for name in worlds}
+    seeds = {name: one[:1] if options.quick else one for name, one in seeds.items()}
     CACHE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the processes with it
     with quiet_libraries(), FileLock(CACHE / "arena.lock"):  # two calls would make the same cell
@@ -68,7 +76,7 @@ def main() -> None:
         else:
             for name, world in earlier().items():
                 put_back(name, world)
-        made = made_worlds(worlds, seeds, options.jobs)
+        made = made_worlds(seeds, options.jobs)
         values = compete(made, names, options.quick or options.defaults, options.jobs)
     for name, world in values.items():
         if older := sources(world) - {source()}:
@@ -94,9 +102,34 @@ def earlier() -> Values:
 
 
 def with_earlier(values: Values) -> Values:
-    """Return these worlds and those that earlier calls left in the results, whose seeds may be others, in order."""
-    known = {**earlier(), **values}
+    """Return these worlds with what earlier calls left in the results, worlds and contestants in order.
+
+    Numbers of earlier calls are made again of their marks, so that the page is of one judgement.
+    """
+    older = {name: judged_again(world) for name, world in earlier().items()}
+    known = {**older, **{name: joined(older.get(name), world) for name, world in values.items()}}
     return {name: known[name] for name in WORLDS if name in known}
+
+
+def joined(older: Values | None, world: Values) -> Values:
+    """Return a world with the other contestants of earlier results, where these are of the same models and settings."""
+    if older is None or any(older[name] != world[name] for name in ("sparsity", "relearning_radius", "ends")):
+        return world
+    known = {**older["contestants"], **world["contestants"]}
+    return {**world, "contestants": {name: known[name] for name in CONTESTANTS if name in known}}
+
+
+def judged_again(world: Values) -> Values:
+    """Return an earlier call's world with every cell's numbers made of its marks by this code."""
+    contestants = {
+        name: {**one, **{part: [_judged_again(world, cell) for cell in one[part]] for part in ("tried", "cells")}}
+        for name, one in world["contestants"].items()
+    }
+    return {**world, "contestants": contestants}
+
+
+def _judged_again(world: Values, cell: Values) -> Values:
+    return {**cell, **judge(cell["marks"], **world["ends"][str(cell["seed"])])}
 
 
 def compete(worlds: Mapping[str, Mapping[int, World]], names: Sequence[str], defaults: bool, jobs: int) -> Values:
@@ -166,7 +199,7 @@ class Contest:
             }
             for key, cells in self.chosen.items()
         }
-        ends = {seed: {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
+        ends = {str(seed): {role: end.marks() for role, end in ends.items()} for seed, ends in self.ends.items()}
         seeds = [world.seed for world in self.worlds]
         first = self.worlds[0]
         asked = {"sparsity": first.sparsity, "relearning_radius": first.settings.relearning_radius}

@@ -11,7 +11,7 @@ import json
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -159,11 +159,11 @@ def machine_of(world: World) -> str:
 # --- making it --------------------------------------------------------------------------------------------------------
 
 
-def made_worlds(names: Sequence[str], seeds: Sequence[int], jobs: int) -> dict[str, dict[int, World]]:
-    """Return the worlds; what is missing of them is made first, each world's seeds one after the other, for they may
-    share files."""
-    in_processes([partial(_make_world, name, seeds) for name in names], jobs)
-    worlds = {name: {seed: WORLDS[name](seed) for seed in seeds} for name in names}
+def made_worlds(seeds: Mapping[str, Sequence[int]], jobs: int) -> dict[str, dict[int, World]]:
+    """Return the worlds of these seeds; what is missing of them is made first, each world's seeds one after the other,
+    for they may share files."""
+    in_processes([partial(_make_world, name, one) for name, one in seeds.items()], jobs)
+    worlds = {name: {seed: WORLDS[name](seed) for seed in one} for name, one in seeds.items()}
     for world in (world for of_seeds in worlds.values() for world in of_seeds.values()):
         _ = world.settings  # writes the split; the processes get it with the world, and write none themselves
     return worlds

@@ -129,4 +129,4 @@ CONTESTANTS: dict[str, Contestant] = {
     "magnitude mask": _control("magnitude", None),
     "forget-only mask": _control(None, Settings().metric),
 }
-QUICK = (OURS, "NPO, LoRA", "RMU", "ours, not looking ahead", "random mask", "retain-only mask")
+QUICK = (OURS, "NPO, all weights", "RMU", "ours, not looking ahead", "random mask", "retain-only mask")

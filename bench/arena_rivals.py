@@ -150,8 +150,10 @@ def _states(model: Any, layer: int, batch: Batch) -> Tensor:
             lambda module, arguments, output: seen.append(output[0] if isinstance(output, tuple) else output)
         )
     )
-    logits_of(model, batch)
-    handle.remove()
+    try:
+        logits_of(model, batch)
+    finally:
+        handle.remove()
     return seen[0][batch["attention_mask"].bool()]
 
 

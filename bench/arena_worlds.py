@@ -119,7 +119,9 @@ def _retrain(folder: Path, recipe: Recipe, path: Path, seed: int) -> None:
 
 
 EXTENTS = {"part": tofu.PART, "": tofu.WHOLE, "large": tofu.LARGE}
-ON_GPU = ("forget05-large", "forget10-large")  # on two cores a model of this size takes hours
+TRIED_ON = ("forget05-part",)  # small enough to try ideas on; no world of the results
+BETTER_ON_GPU = ("forget05", "forget10")  # on two cores a cell takes an hour
+ON_GPU = ("forget05-large", "forget10-large")  # there a model of this size takes hours
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
     "forget05-part": partial(_tofu, "forget05", "part"),

@@ -1,6 +1,7 @@
-"""The arena's store of cells: what the results hold is taken back, and can be made anew."""
+"""The arena: its store of cells, what marks are worth, what the page says was met, and what it keeps of earlier calls."""
 
 import ast
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,15 +12,20 @@ BENCH = str(Path(__file__).resolve().parents[1] / "bench")
 
 
 @pytest.fixture
-def cells(monkeypatch, tmp_path):
-    """The bench's module, its cache in an empty folder."""
+def bench(monkeypatch):
+    """A function that imports a module of the bench; all of them are forgotten afterwards."""
     monkeypatch.syspath_prepend(BENCH)
-    import arena_cells
-
-    monkeypatch.setattr(arena_cells, "CACHE", tmp_path)
-    yield arena_cells
+    yield importlib.import_module
     for name in [name for name, one in sys.modules.items() if (getattr(one, "__file__", "") or "").startswith(BENCH)]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def cells(bench, monkeypatch, tmp_path):
+    """The bench's module, its cache in an empty folder."""
+    module = bench("arena_cells")
+    monkeypatch.setattr(module, "CACHE", tmp_path)
+    return module
 
 
 def world_of(cells, **changes):
@@ -89,3 +95,134 @@ def imported_by(name, left_out):
 def test_the_source_of_a_cell_covers_all_of_the_bench_that_makes_and_measures_it(cells):
     elsewhere = {"arena_worlds", "results_page"}  # a world counts by its content, a page by what it shows
     assert set(cells.MAKERS) == {"arena_cells", *imported_by("arena_cells", elsewhere)}
+
+
+# --- what marks are worth ---------------------------------------------------------------------------------------------
+
+ALL_KEPT = {"final": 0.9, "taught": 0.9, "bystander": 0.8}
+
+
+def marks_of(level, kept=ALL_KEPT, area=None, start=None):
+    """Marks of a checkpoint on which everything that tells what it knows of the forget set is `level`."""
+    curve = [[0, level if start is None else start], [40, level]]
+    return {
+        **dict.fromkeys(("performance", "extraction_strength", "truth_ratio", "forget_quality"), level),
+        "membership": dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), level),
+        "sets": {name: {"performance": one, "loss": 1.0} for name, one in kept.items()},
+        "relearning": {"area": level if area is None else area, "curve": curve},
+        "rounded": {"nf4": level, "int8": level},
+        "sampled": {"contains": level, "rouge_l_recall": level},
+        "reworded": {"performance": level, "extraction_strength": level},
+        "parameters": 100,
+        "prefill": 1.0,
+    }
+
+
+ORIGINAL, REFERENCE = marks_of(1.0), marks_of(0.4)
+
+
+def test_the_reference_scores_one_and_the_original_nothing(bench):
+    judge = bench("arena_marks").judge
+    own, untouched = judge(REFERENCE, ORIGINAL, REFERENCE), judge(ORIGINAL, ORIGINAL, REFERENCE)
+    assert own["composite"] == own["composite_relearning"] == pytest.approx(1.0)
+    assert untouched["composite"] == untouched["composite_relearning"] == 0.0
+    assert untouched["kept"] == {"final": 1.0, "taught": 1.0, "bystander": 1.0}
+
+
+def test_both_directions_count(bench):
+    """0.2 below the reference's 0.4 is as far as 0.2 above it; what is kept beyond the original counts as kept."""
+    judge = bench("arena_marks").judge
+    below, above = (judge(marks_of(level, area=0.4), ORIGINAL, REFERENCE) for level in (0.2, 0.6))
+    assert below["composite"] == pytest.approx(above["composite"])
+    assert below["memorisation"] == below["privacy"] == pytest.approx(1 - 0.2 / 0.6)
+    assert judge(marks_of(0.4, kept={**ALL_KEPT, "final": 1.0}), ORIGINAL, REFERENCE)["utility"] == pytest.approx(1.0)
+
+
+def test_relearning_counts_above_the_references_alone_and_its_rise_from_where_it_begins(bench):
+    judge = bench("arena_marks").judge
+    back = judge(marks_of(0.4, area=0.7, start=0.5), ORIGINAL, REFERENCE)
+    assert back["relearning_gap"] == pytest.approx(0.3) and back["relearning_rise_gap"] == pytest.approx(0.2)
+    assert back["composite"] == pytest.approx(1.0)
+    assert back["composite_relearning"] == pytest.approx(4 / (3 + 1 / (1 - 0.3 / 0.6)))
+    assert judge(marks_of(0.4, area=0.1), ORIGINAL, REFERENCE)["composite_relearning"] == pytest.approx(1.0)
+
+
+# --- what the page says -----------------------------------------------------------------------------------------------
+
+
+def contestant(role, scores, left=0.7, bystander=0.95):
+    cells = [
+        {
+            **{"seed": seed, "composite": one, "composite_relearning": one, "left": left, "forget": 0.4},
+            **{"kept": {"final": 0.96, "taught": 0.99, "bystander": bystander}, "performance_gap": 0.0},
+            **{"prefill": 1.4, "rounded_gap": {"nf4": 0.0}, "relearning_gap": 0.05},
+        }
+        for seed, one in enumerate(scores)
+    ]
+    return {"role": role, "cells": cells}
+
+
+def asked(bench, **others):
+    """The answers on the page, each by the beginning of what was asked."""
+    world = {"contestants": {"ours": contestant("ours", (0.90, 0.92, 0.94)), **others}}
+    lines = bench("arena_asked").asked_table(world, "ours").splitlines()[2:]
+    cells = [[one.strip() for one in line.strip("|").split("|")] for line in lines]
+    return {what: (came, met) for what, came, met in cells}
+
+
+def test_a_lead_is_sure_or_in_the_mean_and_a_sure_defeat_is_named(bench):
+    sure, level = contestant("rival", (0.80, 0.83, 0.84)), contestant("rival", (0.80, 0.96, 0.90))
+    ahead = "ahead of every rival, with relearning (1 rival measured)"
+    assert asked(bench, one=sure)[ahead][1] == "yes"
+    assert asked(bench, one=level)[ahead][1] == "in the mean"
+    both = asked(bench, one=level, another=contestant("rival", (0.89, 0.96, 0.94)), a_third=sure)
+    came, met = both["ahead of every rival, with relearning (3 rivals measured)"]
+    assert came.startswith("-0.010") and came.endswith("another") and met == "**no**"
+    beaten = asked(bench, one=level, another=contestant("rival", (0.91, 0.931, 0.95)))
+    assert beaten["ahead of every rival, with relearning (2 rivals measured)"][1] == "**no**, surely behind another"
+
+
+def test_a_mask_that_ends_larger_is_named_and_does_not_count(bench):
+    larger = contestant("control", (0.99, 0.99, 0.99), left=0.9)
+    answers = asked(bench, chance=larger, other=contestant("control", (0.80, 0.83, 0.84)))
+    what = "surely ahead of every mask of equal size (chance: larger, for the floor), with relearning"
+    assert answers[what] == ("+0.097 (+0.082 to +0.111), other", "yes")
+    assert asked(bench, chance=larger)[what] == ("none measured", "**no**")
+
+
+def test_bystanders_are_held_against_whoever_keeps_most(bench):
+    best = contestant("rival", (0.80, 0.80, 0.80), bystander=0.99)
+    answers = asked(bench, best=best, chance=contestant("control", (0.8, 0.8, 0.8), bystander=0.9))
+    what = "bystanders at most 0.03 behind the contestant that keeps most of them"
+    assert answers[what] == ("0.040 ± 0.000, best", "**no**")
+
+
+# --- what a call keeps of earlier ones --------------------------------------------------------------------------------
+
+
+def earlier_world(names, ends, **changes):
+    cell = {"seed": 7, "marks": marks_of(0.5), "composite": 0.0}
+    contestants = {name: {"role": "rival", "tried": [cell], "cells": [cell]} for name in names}
+    return {"sparsity": 0.33, "relearning_radius": 2.0, "ends": {"7": ends}, "contestants": contestants, **changes}
+
+
+ENDS = {"original": ORIGINAL, "reference": REFERENCE}
+
+
+def test_other_contestants_stay_where_the_models_are_the_same(bench):
+    arena = bench("arena")
+    older, newer = earlier_world(("SSD", "RMU"), ENDS), earlier_world(("NPO, all weights", "RMU"), ENDS)
+    both = arena.joined(older, newer)["contestants"]
+    assert list(both) == ["NPO, all weights", "RMU", "SSD"] and both["RMU"] is newer["contestants"]["RMU"]
+    assert arena.joined(None, newer) is newer
+    for other in (
+        earlier_world(("SSD",), {**ENDS, "reference": ORIGINAL}),
+        earlier_world(("SSD",), ENDS, sparsity=0.2),
+    ):
+        assert arena.joined(other, newer) is newer
+
+
+def test_earlier_numbers_are_made_again_of_their_marks(bench):
+    arena, marks = bench("arena"), bench("arena_marks")
+    cell = arena.judged_again(earlier_world(("SSD",), ENDS))["contestants"]["SSD"]["cells"][0]
+    assert cell["composite"] == marks.judge(marks_of(0.5), ORIGINAL, REFERENCE)["composite"] > 0
