@@ -59,7 +59,7 @@ UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's
-OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
