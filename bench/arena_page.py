@@ -58,6 +58,7 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
 UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
+LEAST_DRAWN = 0.85  # of what is kept, in the second figure
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
@@ -233,6 +234,12 @@ def draw_frontier(values: Values, path: Path) -> None:
         _star(axes, 0.0, _kept_by_reference(one))
         axes.axvline(AREA, color="#999999", linewidth=0.8, linestyle="--")
         axes.axhline(KEPT, color="#999999", linewidth=0.8, linestyle="--")
+        means = {
+            key: fmean(cell["kept"][WITHHELD] for cell in each["cells"]) for key, each in one["contestants"].items()
+        }
+        if below := [key for key, kept in means.items() if kept < LEAST_DRAWN]:
+            axes.set_ylim(bottom=LEAST_DRAWN)
+            axes.text(0.98, 0.02, f"further down: {', '.join(below)}", transform=axes.transAxes, ha="right", fontsize=8)
         axes.set_xlabel("relearning area - the reference's")
         axes.set_ylabel("retention on withheld rows")
 
@@ -282,10 +289,13 @@ def _curve(axes: Axes, marks: Sequence[Values], **look: Any) -> None:
 
 
 def _looks(values: Values) -> dict[str, Values]:
-    """Return colour, line and width of each contestant, the same in every world; ours stands out."""
+    """Return colour, line and width of each contestant, the same in every world; ours stands out.
+
+    Colours tell apart those of one role, whose marker or line is the same.
+    """
     roles = {key: one["role"] for world in values.values() for key, one in world["contestants"].items()}
-    others = [key for key, role in roles.items() if role != "ours"]
-    colours = {key: COLOURS[number % len(COLOURS)] for number, key in enumerate(others)}
+    of_role = {role: [key for key, one in roles.items() if one == role] for role in roles.values()}
+    colours = {key: COLOURS[of_role[role].index(key) % len(COLOURS)] for key, role in roles.items() if role != "ours"}
     return {
         key: {
             "color": colours.get(key, OURS_COLOUR),
