@@ -40,8 +40,9 @@ FIGURES = {"arena": draw, "arena_frontier": draw_frontier, "arena_relearning": d
 def main() -> None:
     """Run what has not been run yet, print the JSON's place and the table, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = [name for name in WORLDS if name not in ON_GPU or torch.cuda.is_available()]
-    usual = [name for name in here if name not in TRIED_ON and (name not in BETTER_ON_GPU or torch.cuda.is_available())]
+    has_gpu = torch.cuda.is_available()
+    here = [name for name in WORLDS if has_gpu or name not in ON_GPU]
+    usual = [name for name in here if name not in TRIED_ON and (has_gpu or name not in BETTER_ON_GPU)]
     parser.add_argument("--worlds", nargs="+", default=usual, choices=list(WORLDS), help=f"default: {', '.join(usual)}")
     parser.add_argument(
         "--seeds",
@@ -66,7 +67,8 @@ def main() -> None:
         parser.error("--jobs is at least 1")
     names = options.contestants or (QUICK if options.quick else list(CONTESTANTS))
     worlds = options.worlds[:1] if options.quick else options.worlds
-    seeds = {name: options.seeds or earlier().get(name, {}).get("seeds", SEEDS) for name in worlds}
+    known = earlier()
+    seeds = {name: options.seeds or known.get(name, {}).get("seeds", SEEDS) for name in worlds}
     seeds = {name: one[:1] if options.quick else one for name, one in seeds.items()}
     CACHE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and the processes with it
@@ -74,7 +76,7 @@ def main() -> None:
         if options.anew:
             take_out()
         else:
-            for name, world in earlier().items():
+            for name, world in known.items():
                 put_back(name, world)
         made = made_worlds(seeds, options.jobs)
         values = compete(made, names, options.quick or options.defaults, options.jobs)
