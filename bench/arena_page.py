@@ -59,7 +59,7 @@ UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
 LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
 LEAST_DRAWN = 0.85  # of what is kept, in the second figure
-PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's
+PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's below as many
 OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
@@ -321,6 +321,7 @@ def _figure(values: Mapping[str, Values], path: Path, world: Callable[[Axes, Val
     for axes in panels.flat:
         handles, labels = axes.get_legend_handles_labels()
         named.update(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+    names_in_row = -(-LEGEND_COLUMNS * columns // PER_ROW)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=names_in_row, frameon=False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
