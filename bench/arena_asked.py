@@ -99,9 +99,16 @@ def _band_holds(cell: Values) -> bool:
 
 
 def _limit(what: str, cells: Sequence[Values], of: Column, limit: float, holds: Callable[[float, float], bool]) -> Line:
-    """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le."""
+    """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le.
+
+    It is met where the whole interval holds it, or the only seed; in the mean where the mean does.
+    """
     numbers = [of(one) for one in cells]
-    return what.format(f"{limit:.2f}"), spread(numbers), _said(holds(fmean(numbers), limit))
+    kept = sum(holds(one, limit) for one in numbers)
+    half = half_width(numbers)
+    certain = half is None or all(holds(fmean(numbers) + one, limit) for one in (-half, half))
+    met = NO if not holds(fmean(numbers), limit) else YES if certain else IN_MEAN
+    return what.format(f"{limit:.2f}"), f"{spread(numbers)}; {kept} of {counted(len(cells), 'seed')}", met
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -35,7 +35,8 @@ from loraprune.model import quiet_libraries
 NEW = get_context("spawn")
 MIB = 2**20
 MADE = "made.json"
-SPENT = ("point", "machine", "source", "seconds", "before_mib", "peak_mib", "jobs")  # what it holds beside its name
+# what made.json holds beside the contestant's name; earlier results have no outcome
+SPENT = ("point", "machine", "source", "seconds", "before_mib", "peak_mib", "jobs", "outcome")
 SHOWN_OF_HASH = 8  # hexadecimal digits that tell one source from another
 MAKERS = ("adamw", "arena_cells", "arena_contestants", "arena_marks", "arena_rivals", "speed")  # beside the product
 
@@ -84,6 +85,9 @@ class End(Checkpoint):
         settings = self.world.settings
         return Path(settings.model if self.role == "original" else str(settings.reference))
 
+    def __str__(self) -> str:
+        return f"{self.world.name} {self.world.seed}: marks of the {self.role}"
+
     def told(self) -> Sequence[object]:
         return (self.role,)
 
@@ -109,10 +113,14 @@ class Cell(Checkpoint):
     def is_full(self) -> bool:
         return self.made_path.exists() and super().is_full()
 
+    def __str__(self) -> str:
+        return f"{self.world.name} {self.world.seed}: {self.contestant} {self.point}"
+
     def made(self) -> Values:
-        """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once; and
-        on what machine, by which source."""
-        return read(self.made_path)
+        """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once; on
+        what machine, by which source; how the run ended, None where it was none of the product's."""
+        own = self.folder / "metrics.json"
+        return {"outcome": read(own)["outcome"] if own.exists() else None, **read(self.made_path)}
 
     def known_by(self) -> Values:
         """Return the names under which `put_back` finds a cell and its marks again."""
@@ -122,7 +130,7 @@ class Cell(Checkpoint):
         """Write the checkpoint and, last, what it took: without that it is no cell, and is made anew."""
         if self.made_path.exists() and self.model.exists():
             return
-        print(f"{self.world.name} {self.world.seed}: {self.contestant} {self.point}", flush=True)
+        print(self, flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         _ = self.world.inputs  # what every contestant reads is no part of making one
         known = {"contestant": self.contestant, "point": self.point, "machine": machine_of(self.world)}
@@ -162,7 +170,7 @@ def machine_of(world: World) -> str:
 def made_worlds(seeds: Mapping[str, Sequence[int]], jobs: int) -> dict[str, dict[int, World]]:
     """Return the worlds of these seeds; what is missing of them is made first, each world's seeds one after the other,
     for they may share files."""
-    in_processes([partial(_make_world, name, one) for name, one in seeds.items()], jobs)
+    in_processes({f"world {name}": partial(_make_world, name, one) for name, one in seeds.items()}, jobs)
     worlds = {name: {seed: WORLDS[name](seed) for seed in one} for name, one in seeds.items()}
     for world in (world for of_seeds in worlds.values() for world in of_seeds.values()):
         _ = world.settings  # writes the split; the processes get it with the world, and write none themselves
@@ -188,19 +196,20 @@ def put_back(name: str, world: Values) -> None:
                 shutil.rmtree(folder, ignore_errors=True)  # what a call left that was ended half-way
                 folder.mkdir(parents=True)
                 write_json(folder / f"{cell['marks_key']}.json", cell["marks"])
-                write_json(folder / MADE, {"contestant": contestant, **{part: cell[part] for part in SPENT}})
+                write_json(folder / MADE, {"contestant": contestant, **{part: cell.get(part) for part in SPENT}})
 
 
-def take_out() -> None:
-    """Remove every cell that the results gave back, which has no model, and every one that other code made."""
-    for made in CACHE.glob(f"*/*/{MADE}"):
-        if not made.with_name("model").exists() or read(made).get("source") != source():
-            shutil.rmtree(made.parent)
+def take_out(seeds: Mapping[str, Sequence[int]]) -> None:
+    """Remove of these worlds every cell that the results gave back, which has no model, and every one of other code."""
+    for folder in (CACHE / f"{name}-{seed}" for name, one in seeds.items() for seed in one):
+        for made in folder.glob(f"*/{MADE}"):
+            if not made.with_name("model").exists() or read(made).get("source") != source():
+                shutil.rmtree(made.parent)
 
 
 def fill(checkpoints: Sequence[Checkpoint], jobs: int) -> None:
     """Make and measure what is not there yet, `jobs` at once, each in a process of its own."""
-    in_processes([partial(_fill, one, jobs) for one in checkpoints if not one.is_full()], jobs)
+    in_processes({str(one): partial(_fill, one, jobs) for one in checkpoints if not one.is_full()}, jobs)
 
 
 def _fill(one: Checkpoint, jobs: int) -> None:
@@ -210,30 +219,34 @@ def _fill(one: Checkpoint, jobs: int) -> None:
         write_json(one.marks_path, measure_marks(one.world, str(one.model), one.role))
 
 
-def in_processes(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Run every task in a new process, `jobs` at once, in their order.
+def in_processes(tasks: Mapping[str, Callable[[], None]], jobs: int) -> None:
+    """Run every task in a new process, `jobs` at once, in their order; each is known by a name.
 
-    However this ends, no process is left: neither after Ctrl-C, which only this process hears, nor after a task that
-    failed, which is raised as RuntimeError.
+    However this ends, no process is left, not after Ctrl-C either, which only this process hears. A task that fails
+    does not keep the others from their end: then the call ends and names those that failed.
     """
-    waiting, running = deque(tasks), []
+    waiting, running, failed = deque(tasks), {}, []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
+                name = waiting.popleft()
                 with _deaf():
-                    process = NEW.Process(target=waiting.popleft())
-                    process.start()
-                    running.append(process)
-            wait([one.sentinel for one in running])
-            for one in [one for one in running if not one.is_alive()]:
-                running.remove(one)
-                if one.exitcode:
-                    raise RuntimeError(f"a process of the arena ended with {one.exitcode}: what it said stands above")
+                    running[name] = NEW.Process(target=tasks[name])
+                    running[name].start()
+            wait([one.sentinel for one in running.values()])
+            for name in [name for name, one in running.items() if not one.is_alive()]:
+                if code := running.pop(name).exitcode:
+                    failed.append(f"{name} (exit code {code})")
     finally:
-        for one in running:
+        for one in running.values():
             one.terminate()
-        for one in running:
+        for one in running.values():
             one.join()
+    if failed:
+        raise SystemExit(
+            f"Not made: {', '.join(failed)}\n  why: what each of them said stands above\n"
+            "  fix: call again; what was made is kept"
+        )
 
 
 @contextmanager

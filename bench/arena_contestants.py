@@ -2,7 +2,7 @@
 
 Reads    a world, a point
 Gives    CONTESTANTS, Contestant
-Source   Selective Pruning, arXiv 2403.01267; GradDiff, NPO and SimNPO as loraprune.objectives has them
+Source   arXiv numbers in the contestants' words; GradDiff, NPO and SimNPO as loraprune.objectives has them
 Symbols  a point = the settings, or the rival's own numbers, that a contestant tries; one is its default
 """
 
@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from arena_rivals import AS_IT_IS, damping, full_npo, rmu, rows_of_step, steps_of_rival
-from arena_worlds import Values, World
+from arena_worlds import ASKED, Values, World
 from rich.console import Console
 
 from loraprune import trainer
@@ -29,21 +29,49 @@ from loraprune.settings import Settings
 Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None: all groups alike
 ANY_RATIO: Values = {"order": "share", "unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
 NONE_GOES: Values = {"unlearning_threshold": 1.0, "order": "share", "metric": "random"}
-RATIOS = tuple({"forget_retain_ratio": ratio} for ratio in (0.3, 1.0, 3.0))
 OTHER_SEED = 1000  # added to the world's
-DEFAULT = 1  # the point in the middle: the one of the quick form
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A contestant's points in order. `tried` are tried first; where the best of them is the first or the last, so is
+    the point beyond it."""
+
+    tried: tuple[Values, ...] = ({},)
+    below: Values | None = None
+    above: Values | None = None
+
+    def default(self) -> Values:
+        """Return the point in the middle: the one of the quick form."""
+        return self.tried[len(self.tried) // 2]
+
+    def beyond(self, best: Values) -> list[Values]:
+        """Return the point to try beside the best of those tried first, if there is one."""
+        sides = [self.below] * (best == self.tried[0]) + [self.above] * (best == self.tried[-1])
+        return [point for point in sides if point is not None]
+
+    def is_outermost(self, point: Values) -> bool:
+        """Say whether nothing was tried on one side of this point, though the grid is of more than one."""
+        known = [one for one in (self.below, *self.tried, self.above) if one is not None]
+        return len(known) > 1 and point in (known[0], known[-1])
+
+
+def _grid(name: str, *values: float, **others: Any) -> Grid:
+    below, *tried, above = ({name: value, **others} for value in values)
+    return Grid(tuple(tried), below, above)
+
+
+RATIOS = _grid("forget_retain_ratio", 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """What unlearns: `make` writes the checkpoint `model` into a folder."""
+    """What unlearns: `make` writes the checkpoint `model` into a folder; `words` say how, in a line."""
 
     role: Literal["ours", "variant", "rival", "control"]
+    words: str
     make: Callable[[World, Values, Path], None]
-    points: tuple[Values, ...] = ({},)
-
-    def default(self) -> Values:
-        return self.points[min(DEFAULT, len(self.points) - 1)]
+    grid: Grid = Grid()
 
 
 def _ours(world: World, point: Values, folder: Path, scored: Scored | None = None, **others: Any) -> None:
@@ -103,30 +131,68 @@ def _run(settings: Settings, folder: Path) -> None:
     run(replace(settings, output=str(folder)), Console(file=io.StringIO()))
 
 
-def _control(retain: Metric | None, forget: Metric | None, **others: Any) -> Contestant:
+def _control(words: str, retain: Metric | None, forget: Metric | None, **others: Any) -> Contestant:
     """Return ours with another mask of the same size: same data, same losses, same steps."""
     scored: Scored = {"retain": retain, "forget": forget}
-    return Contestant("control", partial(_ours, scored=scored, **others))
+    return Contestant("control", words, partial(_ours, scored=scored, **others))
+
+
+def _variant(words: str, **others: Any) -> Contestant:
+    return Contestant("variant", words, partial(_ours, **others))
+
+
+def _rival(words: str, make: Callable[[World, Values, Path], None], grid: Grid) -> Contestant:
+    return Contestant("rival", words, make, grid)
+
+
+def _loss_alone(words: str, kind: str) -> Contestant:
+    words = f"{words}, by the product with nothing cut, its floor included"
+    return _rival(words, partial(_adapters_alone, kind=kind), RATIOS)
 
 
 OURS = "ours"
+METRIC = Settings().metric
 CONTESTANTS: dict[str, Contestant] = {
-    OURS: Contestant("ours", _ours),
-    "ours, not looking ahead": Contestant("variant", partial(_ours, **AS_IT_IS)),
-    "ours, by share": Contestant("variant", partial(_ours, order="share")),
-    "ours, nothing cut": Contestant("variant", _uncut),
-    "retrained, another seed": Contestant("variant", _retrained),
-    "GradDiff, LoRA": Contestant("rival", partial(_adapters_alone, kind="ga"), RATIOS),
-    "NPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="npo"), RATIOS),
-    "SimNPO, LoRA": Contestant("rival", partial(_adapters_alone, kind="simnpo"), RATIOS),
-    "NPO, all weights": Contestant("rival", full_npo, RATIOS),
-    "RMU": Contestant("rival", rmu, tuple({"steering": one, "alpha": 10.0} for one in (1.0, 1.5, 3.0))),
-    "activation ratio": Contestant("rival", _by_activation, tuple({"finish_steps": one} for one in (25, 100, 350))),
-    "SSD": Contestant("rival", damping, tuple({"alpha": one} for one in (1.0, 1.5, 3.0))),
-    "random mask": _control("random", "random"),
-    "random mask, no floor": _control("random", "random", min_retain_performance=0.0),
-    "retain-only mask": _control(Settings().metric, None),
-    "magnitude mask": _control("magnitude", None),
-    "forget-only mask": _control(None, Settings().metric),
+    OURS: Contestant("ours", "`loraprune unlearn` by its defaults", _ours),
+    "ours, not looking ahead": _variant("its forget loss is taken where the weights are", **AS_IT_IS),
+    "ours, looking ahead by 4": _variant("twice as far as by default", relearning_radius=4.0),
+    "ours, steered by the mean": _variant(
+        "pushed towards the reference's mean P, no row towards a goal of its own; no holdout is read",
+        natural_spread=False,
+    ),
+    "ours, floor 0.95": _variant("what is kept of the floor rows may fall no lower", min_retain_performance=0.95),
+    "ours, a fifth": _variant("asked for 20% of all parameters", sparsity=0.2),
+    "ours, a half": _variant("asked for 50% of all parameters", sparsity=0.5),
+    "ours, by share": _variant("groups go by the forget set's share of their score", order="share"),
+    "ours, nothing cut": Contestant("variant", "the same training, steps in place of the scoring passes", _uncut),
+    "retrained, another seed": Contestant(
+        "variant",
+        "another reference, from other first weights: as near as two come that never saw the set",
+        _retrained,
+    ),
+    "GradDiff, LoRA": _loss_alone("gradient ascent beside the retain loss (2203.12817)", "ga"),
+    "NPO, LoRA": _loss_alone("negative preference optimisation beside it (2404.05868)", "npo"),
+    "SimNPO, LoRA": _loss_alone("NPO by the mean token, without the first model (2410.07163)", "simnpo"),
+    "NPO, all weights": _rival("NPO beside the retain loss, every weight trained, no floor", full_npo, RATIOS),
+    "RMU": _rival(
+        "a layer's states on forget rows steered to a random direction, held on retain rows (2403.03218)",
+        rmu,
+        _grid("alpha", 10.0, 20.0, 40.0, 80.0, 160.0, steering=1.0),
+    ),
+    "activation ratio": _rival(
+        "channels more active on forget rows than on retain rows cut at once, then repaired (2403.01267)",
+        _by_activation,
+        Grid(tuple({"sparsity": one} for one in (0.5, 0.65, 0.8)), below={"sparsity": ASKED}),
+    ),
+    "SSD": _rival(
+        "every weight damped that matters more to forget rows than to retain rows, then repaired (2308.07707)",
+        damping,
+        Grid(tuple({"alpha": one} for one in (1.0, 1.5, 3.0)), above={"alpha": 10.0}),
+    ),
+    "random mask": _control("chance", "random", "random"),
+    "random mask, no floor": _control("chance, cut as far as asked", "random", "random", min_retain_performance=0.0),
+    "retain-only mask": _control("what the retain set needs least, as LoRAPrune cuts", METRIC, None),
+    "magnitude mask": _control("the smallest weights", "magnitude", None),
+    "forget-only mask": _control("what the forget set needs most", None, METRIC),
 }
 QUICK = (OURS, "NPO, all weights", "RMU", "ours, not looking ahead", "random mask", "retain-only mask")

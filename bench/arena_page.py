@@ -6,6 +6,7 @@ Source   colours that colour-blind readers tell apart: Okabe and Ito, 2008; then
 Symbols  cells: mean over seeds ± half of its 95% interval; ours ahead: ours minus theirs (95% interval over seeds)
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from math import isnan, nan
@@ -17,7 +18,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from arena_asked import AREA, KEPT, Column, asked_table, lead_of, spread
-from arena_contestants import OURS
+from arena_contestants import CONTESTANTS, OURS
 from arena_marks import ATTACKS, GPU_PREFILL, PREFILL, TAUGHT, WITHHELD
 from arena_worlds import WORLD_WORDS, Values
 from matplotlib import pyplot
@@ -55,8 +56,15 @@ ATTACKED_AND_SPENT: dict[str, Column] = {
     "peak, MiB": lambda one: one["peak_mib"],
     "seconds": lambda one: one["seconds"],
 }
+ROLES = {
+    "ours": "",
+    "variant": "variants of ours, changed in one place, and the best there is",
+    "rival": "rivals, each at the best point of a small grid",
+    "control": "controls: ours with another mask",
+}
 UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
+EVEN = 0.05  # of P at either side of the reference's the axis is linear, beyond that logarithmic
 LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
 LEAST_DRAWN = 0.85  # of what is kept, in the second figure
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's below as many
@@ -67,7 +75,21 @@ LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
 def section(values: Values) -> str:
     """Return the section of the results page."""
-    return "\n\n".join([*(_world(name, one) for name, one in values.items()), MEANINGS])
+    return "\n\n".join([_contestants(values), *(_world(name, one) for name, one in values.items()), MEANINGS])
+
+
+def _contestants(values: Values) -> str:
+    """Return what each contestant on the page is, a line each."""
+    shown = [key for key in CONTESTANTS if any(key in world["contestants"] for world in values.values())]
+    lines = []
+    for role, what in ROLES.items():
+        lines += [f"- {what}:"] if role != "ours" else []
+        lines += [
+            f"{'' if role == 'ours' else '  '}- **{key}**: {CONTESTANTS[key].words}."
+            for key in shown
+            if CONTESTANTS[key].role == role
+        ]
+    return "\n".join(["Who competes (numbers in brackets are of arXiv):", "", *lines])
 
 
 def _world(name: str, world: Values) -> str:
@@ -76,7 +98,8 @@ def _world(name: str, world: Values) -> str:
     named = f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
     asked = f"{named}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
     heading = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
-    points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
+    points = {"point": {key: _point(key, one) for key, one in world["contestants"].items()}}
+    ended = {"ended": {key: _ended(one["cells"]) for key, one in world["contestants"].items()}}
     made_by = {"source": {key: ", ".join(sorted(_sources(one))) for key, one in world["contestants"].items()}}
     quality = {"forget quality, p": {key: _quality(one["cells"]) for key, one in world["contestants"].items()}}
     ahead = {
@@ -85,7 +108,7 @@ def _world(name: str, world: Values) -> str:
     }
     tables = [
         {**points, **quality, **_columns(world, FORGOTTEN_AND_KEPT), **ahead},
-        {**_columns(world, ATTACKED_AND_SPENT), **made_by},
+        {**_columns(world, ATTACKED_AND_SPENT), **ended, **made_by},
     ]
     of_ours = [asked_table(world, OURS)] if OURS in world["contestants"] else []
     return "\n\n".join([heading, *of_ours, *(_table(world, one) for one in tables)])
@@ -109,8 +132,17 @@ def _columns(world: Values, columns: Mapping[str, Column]) -> dict[str, dict[str
     return shown
 
 
-def _point(one: Values) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
+def _point(key: str, one: Values) -> str:
+    """Return a contestant's point, and whether its grid ends there."""
+    said = ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
+    at_end = len(one["tried"]) > 1 and CONTESTANTS[key].grid.is_outermost(one["point"])
+    return f"{said}, its grid's end" if at_end else said
+
+
+def _ended(cells: Sequence[Values]) -> str:
+    """Return how the product's runs ended, and how many; a dash where none was its own, or it was not kept."""
+    found = Counter(cell["outcome"] for cell in cells if cell.get("outcome"))
+    return ", ".join(f"{name} {number}" for name, number in found.items()) or "-"
 
 
 def _quality(cells: Sequence[Values]) -> str:
@@ -128,11 +160,14 @@ def _ahead(world: Values, key: str, name: str) -> str:
 
 def _searched(world: Values) -> str:
     """Return how the contestants came to their points."""
+    rivals = {key: one for key, one in world["contestants"].items() if one["role"] == "rival"}
+    unsearched = [key for key, one in rivals.items() if len(one["tried"]) == 1]
+    if len(unsearched) == len(rivals):
+        return "Points: each contestant's default; the rivals' grids were not searched."
     return (
-        "Points: of each rival's three the one with the best composite with relearning on the first seed, kept on the "
-        "others and for the composite without; ours and the controls have one, the defaults."
-        if any(len(one["tried"]) > 1 for one in world["contestants"].values())
-        else "Points: each contestant's default; the rivals' grids were not searched."
+        "Points: of each rival's three, and of a fourth where the best of these was at an edge, the one with the best "
+        "composite with relearning on the first seed, kept on the others and for the composite without; ours and the "
+        "controls have one, the defaults." + (f" Not searched: {', '.join(unsearched)}." if unsearched else "")
     )
 
 
@@ -160,8 +195,9 @@ MEANINGS = f"""What the tables hold:
 
 - **a cell**: mean over seeds ± half of its 95% interval of Student's t, the number alone where there is one seed.
 - **ours ahead**: differences paired by seed, with the same interval.
-- **met**: a limit by the mean over seeds; a lead surely where every interval is above 0, in the mean where every mean
-  is.
+- **met**: a limit is, where the whole interval keeps it, and in the mean, where the mean does; a lead, where every
+  interval is above 0, and in the mean, where every mean is. Each interval is of one comparison: of some twenty that are
+  sure, one is to be expected by chance.
 - **- ref.**: less the reference's.
 - **P**: performance; **ES**: extraction strength.
 - **forget quality**: the median p of a Kolmogorov-Smirnov test of the truth ratios against the reference's, and on how
@@ -190,11 +226,14 @@ MEANINGS = f"""What the tables hold:
   held, a GPU's own is not counted.
 - **source**: a hash of the code that made a cell.
 
-Every contestant sees the same rows. Rivals that train with a forget loss, and RMU, take more steps in place of the
+Every contestant sees the same forget and retain rows; ours, its variants and controls read the holdout beside them
+(below). Rivals that train with a forget loss, and RMU, take more steps in place of the
 scoring passes, in all at least as many rows as ours by its settings. A random or magnitude mask is not scored by
 passes and gets no steps for it; what a broken floor adds to ours or a control, in repairs and looks, is not made up
-for; after a cut or a damping at once come the steps of repair alone. Rivals are steered by the mean of the forget
-rows, for they push all alike; ours and its controls row by row (`natural_spread`). Looking ahead: the forget loss of
+for; after a cut or a damping at once come the steps of repair alone. Ours, its variants and controls are steered row
+by row to goals taken from the holdout's rows (`natural_spread`), the same rows that the membership attacks compare
+the forget set with; rivals by the mean of the forget rows, for they push all alike. "Ours, steered by the mean" shows
+what that gives. Looking ahead: the forget loss of
 each half of a batch is taken where relearning the other half would lead, which passes the forget rows twice a step and
 reads them once more; rivals take more steps for it, ours not looking ahead takes as many, of fewer rows. A mask may
 end larger than it was asked to, where a smaller one would break the floor; no floor: it goes on. In the second figure
@@ -216,6 +255,7 @@ def draw(values: Values, path: Path) -> None:
     def world(axes: Axes, one: Values) -> None:
         _points(axes, one, looks, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
         _star(axes, _kept_by_reference(one), 0.0)
+        axes.set_yscale("symlog", linthresh=EVEN)
         lowest, highest = axes.get_ylim()
         axes.set_ylim(min(lowest, -LEAST_SHOWN), max(highest, LEAST_SHOWN))
         axes.set_xlabel("retention on withheld rows")

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,10 @@ def test_making_anew_takes_out_what_came_from_the_results_or_of_other_code(cells
     for key, code in (("own", cells.source()), ("older", "1")):
         cells.put_back("demo", world_of(cells, key=key, source=code))
         (tmp_path / "demo-7" / key / "model").mkdir()
-    cells.take_out()
+    cells.put_back("stories", world_of(cells))
+    cells.take_out({"demo": [7, 8]})
     assert [one.name for one in (tmp_path / "demo-7").iterdir()] == ["own"]
+    assert [one.name for one in (tmp_path / "stories-7").iterdir()] == ["abc"]  # of a world that was not asked for
 
 
 def test_a_cell_without_a_key_stays_where_it_is(cells, tmp_path):
@@ -203,23 +206,61 @@ def test_bystanders_are_held_against_whoever_keeps_most(bench):
 def earlier_world(names, ends, **changes):
     cell = {"seed": 7, "marks": marks_of(0.5), "composite": 0.0}
     contestants = {name: {"role": "rival", "tried": [cell], "cells": [cell]} for name in names}
-    return {"sparsity": 0.33, "relearning_radius": 2.0, "ends": {"7": ends}, "contestants": contestants, **changes}
+    return {
+        "seeds": [7],
+        "sparsity": 0.33,
+        "relearning_radius": 2.0,
+        "ends": {"7": ends},
+        "contestants": contestants,
+        **changes,
+    }
 
 
 ENDS = {"original": ORIGINAL, "reference": REFERENCE}
 
 
-def test_other_contestants_stay_where_the_models_are_the_same(bench):
+def test_other_contestants_stay(bench):
     arena = bench("arena")
     older, newer = earlier_world(("SSD", "RMU"), ENDS), earlier_world(("NPO, all weights", "RMU"), ENDS)
     both = arena.joined(older, newer)["contestants"]
     assert list(both) == ["NPO, all weights", "RMU", "SSD"] and both["RMU"] is newer["contestants"]["RMU"]
-    assert arena.joined(None, newer) is newer
-    for other in (
-        earlier_world(("SSD",), {**ENDS, "reference": ORIGINAL}),
-        earlier_world(("SSD",), ENDS, sparsity=0.2),
-    ):
-        assert arena.joined(other, newer) is newer
+    assert arena.joined(None, newer) == newer
+
+
+def test_a_call_that_would_take_the_place_of_results_is_refused(bench):
+    arena, older = bench("arena"), earlier_world(("SSD", "RMU"), ENDS)
+    asked = {name: older[name] for name in ("sparsity", "relearning_radius")}
+    arena.check_points("demo", None, [8], ["SSD"], True)
+    arena.check_points("demo", older, older["seeds"], ["SSD"], True)  # its grid was not searched either
+    arena.check_models("demo", older, asked, older["ends"])
+    with pytest.raises(SystemExit, match=r"why: they are of seeds 7, this call is of 7, 8\n  fix: .*--replace"):
+        arena.check_points("demo", older, [7, 8], ["SSD"], False)
+    older["contestants"]["SSD"]["tried"] *= 2
+    arena.check_points("demo", older, older["seeds"], ["RMU"], True)
+    with pytest.raises(SystemExit, match="points of SSD were searched"):
+        arena.check_points("demo", older, older["seeds"], ["SSD", "RMU"], True)
+    with pytest.raises(SystemExit, match=r"they are by sparsity 0\.33"):
+        arena.check_models("demo", older, {**asked, "sparsity": 0.2}, older["ends"])
+    with pytest.raises(SystemExit, match="models of seeds 7 came out otherwise"):
+        arena.check_models("demo", older, asked, {"7": {**ENDS, "reference": ORIGINAL}})
+
+
+def test_beyond_an_edge_of_a_grid_one_more_point_is_tried(bench):
+    module = bench("arena_contestants")
+    low, inner, high = module.RATIOS.tried
+    assert module.RATIOS.default() == inner and module.RATIOS.beyond(inner) == []
+    assert module.RATIOS.beyond(low) == [module.RATIOS.below] and module.RATIOS.beyond(high) == [module.RATIOS.above]
+    assert module.RATIOS.is_outermost(module.RATIOS.above) and not module.RATIOS.is_outermost(high)
+    alone = module.Grid()
+    assert alone.beyond(alone.default()) == [] and not alone.is_outermost(alone.default())
+
+
+def test_a_process_that_fails_keeps_no_other_from_its_end_and_is_named(cells, tmp_path):
+    made = [tmp_path / name for name in ("first", "last")]
+    tasks = {"one": partial(Path.touch, made[0]), "two": partial(sys.exit, 3), "three": partial(Path.touch, made[1])}
+    with pytest.raises(SystemExit, match=r"Not made: two \(exit code 3\)\n  why"):
+        cells.in_processes(tasks, 1)
+    assert all(one.exists() for one in made)
 
 
 def test_earlier_numbers_are_made_again_of_their_marks(bench):
