@@ -177,7 +177,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "RMU": _rival(
         "a layer's states on forget rows steered to a random direction, held on retain rows (2403.03218)",
         rmu,
-        _grid("alpha", 10.0, 20.0, 40.0, 80.0, 160.0, steering=1.0),
+        _grid("alpha", 20.0, 40.0, 60.0, 80.0, 160.0, steering=1.0),
     ),
     "activation ratio": _rival(
         "channels more active on forget rows than on retain rows cut at once, then repaired (2403.01267)",
