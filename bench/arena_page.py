@@ -64,11 +64,15 @@ ROLES = {
 }
 UNTOLD = 0.05  # a p below it tells two models' truth ratios apart
 WHOLE = ("peak, MiB", "seconds")  # columns without decimals
-EVEN = 0.05  # of P at either side of the reference's the axis is linear, beyond that logarithmic
+EVEN = 0.01  # of P at either side of the reference's the axis is linear, beyond that logarithmic
 LEAST_SHOWN = 0.1  # of P at either side of the reference's, so that hairs do not look like differences
 LEAST_DRAWN = 0.85  # of what is kept, in the second figure
+FRONTIERS = {  # ours by one setting, in its order; the line and what it is called
+    "ours, by how far it looks ahead": ("-", ("ours, not looking ahead", OURS, "ours, looking ahead by 4")),
+    "ours, by how much it cuts": ("--", ("ours, nothing cut", "ours, a fifth", OURS, "ours, a half")),
+}
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's below as many
-OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442")
+OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#999999")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
@@ -253,7 +257,7 @@ def draw(values: Values, path: Path) -> None:
     looks = _looks(values)
 
     def world(axes: Axes, one: Values) -> None:
-        _points(axes, one, looks, lambda cell: cell["kept"][WITHHELD], lambda cell: cell["performance_gap"])
+        _points(axes, one, looks, _withheld, lambda cell: cell["performance_gap"])
         _star(axes, _kept_by_reference(one), 0.0)
         axes.set_yscale("symlog", linthresh=EVEN)
         lowest, highest = axes.get_ylim()
@@ -265,25 +269,41 @@ def draw(values: Values, path: Path) -> None:
 
 
 def draw_frontier(values: Values, path: Path) -> None:
-    """Draw what is kept of withheld rows against how much of what is forgotten comes back; dashed: what was asked."""
+    """Draw what is kept of withheld rows against how much of what is forgotten comes back; dashed: what was asked.
+
+    Lines join the means of ours and its variants by one setting: what it can be had for.
+    """
 
     looks = _looks(values)
 
     def world(axes: Axes, one: Values) -> None:
-        _points(axes, one, looks, lambda cell: cell["relearning_gap"], lambda cell: cell["kept"][WITHHELD])
+        _points(axes, one, looks, _area, _withheld)
         _star(axes, 0.0, _kept_by_reference(one))
         axes.axvline(AREA, color="#999999", linewidth=0.8, linestyle="--")
         axes.axhline(KEPT, color="#999999", linewidth=0.8, linestyle="--")
-        means = {
-            key: fmean(cell["kept"][WITHHELD] for cell in each["cells"]) for key, each in one["contestants"].items()
-        }
-        if below := [key for key, kept in means.items() if kept < LEAST_DRAWN]:
+        means = {key: (_mean(each, _area), _mean(each, _withheld)) for key, each in one["contestants"].items()}
+        for name, (line, keys) in FRONTIERS.items():
+            if len(present := [means[key] for key in keys if key in means]) > 1:
+                axes.plot(*zip(*present, strict=True), line, color=OURS_COLOUR, linewidth=1.0, label=name)
+        if below := [key for key, (_, kept) in means.items() if kept < LEAST_DRAWN]:
             axes.set_ylim(bottom=LEAST_DRAWN)
             axes.text(0.98, 0.02, f"further down: {', '.join(below)}", transform=axes.transAxes, ha="right", fontsize=8)
         axes.set_xlabel("relearning area - the reference's")
         axes.set_ylabel("retention on withheld rows")
 
     _figure(values, path, world)
+
+
+def _area(cell: Values) -> float:
+    return cell["relearning_gap"]
+
+
+def _withheld(cell: Values) -> float:
+    return cell["kept"][WITHHELD]
+
+
+def _mean(contestant: Values, of: Column) -> float:
+    return fmean(of(cell) for cell in contestant["cells"])
 
 
 def _kept_by_reference(world: Values) -> float:
