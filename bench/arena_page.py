@@ -72,7 +72,8 @@ FRONTIERS = {  # ours by one setting, in its order; the line and what it is call
     "ours, by how much it cuts": ("--", ("ours, nothing cut", "ours, a fifth", OURS, "ours, a half")),
 }
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's below as many
-OURS_COLOUR, COLOURS = "#000000", ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#999999")
+OURS_COLOUR = "#000000"
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#999999")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
