@@ -104,7 +104,7 @@ def _world(name: str, world: Values) -> str:
     asked = f"{named}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
     heading = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
     points = {"point": {key: _point(key, one) for key, one in world["contestants"].items()}}
-    ended = {"ended": {key: _ended(one["cells"]) for key, one in world["contestants"].items()}}
+    ended = {"ended": {key: _ended(one) for key, one in world["contestants"].items()}}
     made_by = {"source": {key: ", ".join(sorted(_sources(one))) for key, one in world["contestants"].items()}}
     quality = {"forget quality, p": {key: _quality(one["cells"]) for key, one in world["contestants"].items()}}
     ahead = {
@@ -144,9 +144,10 @@ def _point(key: str, one: Values) -> str:
     return f"{said}, its grid's end" if at_end else said
 
 
-def _ended(cells: Sequence[Values]) -> str:
-    """Return how the product's runs ended, and how many; a dash where none was its own, or it was not kept."""
-    found = Counter(cell["outcome"] for cell in cells if cell.get("outcome"))
+def _ended(one: Values) -> str:
+    """Return how the runs ended, and how many so; a dash for a rival, which cuts nothing or is not steered, and where
+    that was not kept."""
+    found = Counter(cell["outcome"] for cell in one["cells"] if cell.get("outcome") and one["role"] != "rival")
     return ", ".join(f"{name} {number}" for name, number in found.items()) or "-"
 
 
@@ -229,20 +230,26 @@ MEANINGS = f"""What the tables hold:
   cells ask of it, and {GPU_PREFILL} times as many tokens.
 - **seconds**, **peak**: of making the checkpoint alone, in a process of its own; peak is the most main memory that it
   held, a GPU's own is not counted.
+- **ended**: the outcome that a run of ours or a control gave itself, and on how many seeds.
 - **source**: a hash of the code that made a cell.
 
-Every contestant sees the same forget and retain rows; ours, its variants and controls read the holdout beside them
-(below). Rivals that train with a forget loss, and RMU, take more steps in place of the
-scoring passes, in all at least as many rows as ours by its settings. A random or magnitude mask is not scored by
-passes and gets no steps for it; what a broken floor adds to ours or a control, in repairs and looks, is not made up
-for; after a cut or a damping at once come the steps of repair alone. Ours, its variants and controls are steered row
-by row to goals taken from the holdout's rows (`natural_spread`), the same rows that the membership attacks compare
-the forget set with; rivals by the mean of the forget rows, for they push all alike. "Ours, steered by the mean" shows
-what that gives. Looking ahead: the forget loss of
-each half of a batch is taken where relearning the other half would lead, which passes the forget rows twice a step and
-reads them once more; rivals take more steps for it, ours not looking ahead takes as many, of fewer rows. A mask may
-end larger than it was asked to, where a smaller one would break the floor; no floor: it goes on. In the second figure
-the dashed lines are what was asked of ours: an area at most {AREA:.2f} above the reference's, and {KEPT:.2f} kept.
+**The same for all**: the forget and retain rows. Rivals that train with a forget loss, and RMU, take more steps in
+place of the scoring passes, in all at least as many rows as ours by its settings; so rivals take more steps for
+looking ahead, which passes the forget rows twice a step and reads them once more (the loss of each half of a batch is
+taken where relearning the other half would lead), while ours not looking ahead takes as many steps, of fewer rows. A
+random or magnitude mask is not scored by passes and gets no steps for it; what a broken floor adds to ours or a
+control, in repairs and looks, is not made up for; after a cut or a damping at once come the steps of repair alone.
+
+**Not the same**: ours, its variants and its controls are steered row by row to goals taken from the holdout's rows
+(`natural_spread`), the same rows that the membership attacks compare the forget set with; rivals by the mean of the
+forget rows, for they push all alike, and RMU, SSD and the activation ratio by nothing. "Ours, steered by the mean"
+shows what that gives. Losses on LoRA run inside the product, with its floor; NPO on all weights, RMU and SSD have
+none. The defaults of ours were chosen over many tries on other seeds of the demo; a rival had its few points on one
+seed. The activation ratio cuts channels one by one, ours by eights. A mask may end larger than it was asked to, where
+a smaller one would break the floor. Seconds are of machines that did other work too, on stories most of all.
+
+In the second figure the dashed lines are what was asked of ours: an area at most {AREA:.2f} above the reference's, and
+{KEPT:.2f} kept.
 
 Made by `python bench/arena.py --worlds WORLD --seeds ... --contestants ...`, with `--defaults` where no grid was
 searched; the seeds on this page are the default. The quick form, `--quick --jobs 2`, compares a few contestants on one
