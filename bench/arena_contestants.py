@@ -28,6 +28,7 @@ from loraprune.settings import Settings
 
 Scored = Mapping[DatasetType, Metric | None]  # by what each set is scored; None: all groups alike
 ANY_RATIO: Values = {"order": "share", "unlearning_threshold": 0.0, "minimum_forget_sensitivity": 0.0}
+NO_FLOOR: Values = {"min_retain_performance": 0.0, "guard": None}
 NONE_GOES: Values = {"unlearning_threshold": 1.0, "order": "share", "metric": "random"}
 OTHER_SEED = 1000  # added to the world's
 
@@ -122,7 +123,7 @@ def _by_activation(world: World, point: Values, folder: Path) -> None:
     of one size, wherever P(forget) ends.
     """
     unsteered: Values = {"reference": None, "holdout": None, "forget_target": 0.5, "band": 1.0}
-    unsteered |= {"min_retain_performance": 0.0, "recovery_steps": 0, "forget_loss": "none"}
+    unsteered |= {"recovery_steps": 0, "forget_loss": "none", **NO_FLOOR}
     once: Values = {"metric": "activation", "warmup_steps": 0, "prune_every": 1, "prune_rounds": 1, **ANY_RATIO}
     _run(replace(world.settings, **{**unsteered, **once, **point}), folder)
 
@@ -190,7 +191,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Grid(tuple({"alpha": one} for one in (1.0, 1.5, 3.0)), above={"alpha": 10.0}),
     ),
     "random mask": _control("chance", "random", "random"),
-    "random mask, no floor": _control("chance, cut as far as asked", "random", "random", min_retain_performance=0.0),
+    "random mask, no floor": _control("chance, cut as far as asked", "random", "random", **NO_FLOOR),
     "retain-only mask": _control("what the retain set needs least, as LoRAPrune cuts", METRIC, None),
     "magnitude mask": _control("the smallest weights", "magnitude", None),
     "forget-only mask": _control("what the forget set needs most", None, METRIC),
