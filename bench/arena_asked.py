@@ -99,16 +99,19 @@ def _band_holds(cell: Values) -> bool:
 
 
 def _limit(what: str, cells: Sequence[Values], of: Column, limit: float, holds: Callable[[float, float], bool]) -> Line:
-    """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le.
-
-    It is met where the whole interval holds it, or the only seed; in the mean where the mean does.
-    """
+    """Return the line of a number whose mean over seeds has a limit; `holds`: ge or le."""
     numbers = [of(one) for one in cells]
-    kept = sum(holds(one, limit) for one in numbers)
-    half = half_width(numbers)
-    certain = half is None or all(holds(fmean(numbers) + one, limit) for one in (-half, half))
-    met = NO if not holds(fmean(numbers), limit) else YES if certain else IN_MEAN
-    return what.format(f"{limit:.2f}"), f"{spread(numbers)}; {kept} of {counted(len(cells), 'seed')}", met
+    kept = f"{sum(holds(one, limit) for one in numbers)} of {counted(len(cells), 'seed')}"
+    return what.format(f"{limit:.2f}"), f"{spread(numbers)}; {kept}", _met(numbers, limit, holds)
+
+
+def _met(numbers: Sequence[float], limit: float, holds: Callable[[float, float], bool]) -> str:
+    """Say whether a limit is met: where the whole interval holds it, or the only seed; in the mean where the mean
+    does."""
+    mean, half = fmean(numbers), half_width(numbers) or 0.0
+    if not holds(mean, limit):
+        return NO
+    return YES if all(holds(mean + one, limit) for one in (-half, half)) else IN_MEAN
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -123,7 +126,7 @@ def _bystanders(world: Values, ours: str) -> Line:
     best = max(kept, key=lambda key: fmean(kept[key].values()))
     behind = paired(kept[best], kept[ours])
     what = f"bystanders at most {BEHIND:.2f} behind the contestant that keeps most of them"
-    return what, f"{spread(behind)}, {best}", _said(fmean(behind) <= BEHIND)
+    return what, f"{spread(behind)}, {best}", _met(behind, BEHIND, le)
 
 
 def _of_role(world: Values, role: str) -> list[str]:

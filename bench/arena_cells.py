@@ -35,7 +35,7 @@ from loraprune.model import quiet_libraries
 NEW = get_context("spawn")
 MIB = 2**20
 MADE = "made.json"
-# what made.json holds beside the contestant's name; earlier results have no outcome
+# what made.json holds beside the contestant's name
 SPENT = ("point", "machine", "source", "seconds", "before_mib", "peak_mib", "jobs", "outcome")
 SHOWN_OF_HASH = 8  # hexadecimal digits that tell one source from another
 MAKERS = ("adamw", "arena_cells", "arena_contestants", "arena_marks", "arena_rivals", "speed")  # beside the product
@@ -119,8 +119,7 @@ class Cell(Checkpoint):
     def made(self) -> Values:
         """Return what making it took: seconds, peak_mib, before_mib of it before anything was made, jobs at once; on
         what machine, by which source; how the run ended, None where it was none of the product's."""
-        own = self.folder / "metrics.json"
-        return {"outcome": read(own)["outcome"] if own.exists() else None, **read(self.made_path)}
+        return {"outcome": _outcome(self.folder), **read(self.made_path)}
 
     def known_by(self) -> Values:
         """Return the names under which `put_back` finds a cell and its marks again."""
@@ -138,7 +137,13 @@ class Cell(Checkpoint):
         before, begun = peak_mib(), monotonic()
         CONTESTANTS[self.contestant].make(self.world, self.point, self.folder)
         spent = {"seconds": round(monotonic() - begun, 1), "before_mib": before, "peak_mib": peak_mib(), "jobs": jobs}
-        write_json(self.made_path, {**known, **spent})
+        write_json(self.made_path, {**known, **spent, "outcome": _outcome(self.folder)})
+
+
+def _outcome(folder: Path) -> str | None:
+    """Return how a run of the product ended; cells made before it was kept have it in their run's numbers alone."""
+    numbers = folder / "metrics.json"
+    return read(numbers)["outcome"] if numbers.exists() else None
 
 
 def read(path: Path) -> Values:
@@ -199,12 +204,13 @@ def put_back(name: str, world: Values) -> None:
                 write_json(folder / MADE, {"contestant": contestant, **{part: cell.get(part) for part in SPENT}})
 
 
-def take_out(seeds: Mapping[str, Sequence[int]]) -> None:
-    """Remove of these worlds every cell that the results gave back, which has no model, and every one of other code."""
-    for folder in (CACHE / f"{name}-{seed}" for name, one in seeds.items() for seed in one):
-        for made in folder.glob(f"*/{MADE}"):
-            if not made.with_name("model").exists() or read(made).get("source") != source():
-                shutil.rmtree(made.parent)
+def take_out(name: str, seeds: Sequence[int], contestants: Sequence[str]) -> None:
+    """Remove these contestants' cells of a world that other code made, or that have no model here."""
+    for made in (made for seed in seeds for made in (CACHE / f"{name}-{seed}").glob(f"*/{MADE}")):
+        if (known := read(made))["contestant"] not in contestants:
+            continue
+        if not made.with_name("model").exists() or known.get("source") != source():
+            shutil.rmtree(made.parent)
 
 
 def fill(checkpoints: Sequence[Checkpoint], jobs: int) -> None:
@@ -231,8 +237,9 @@ def in_processes(tasks: Mapping[str, Callable[[], None]], jobs: int) -> None:
             while waiting and len(running) < jobs:
                 name = waiting.popleft()
                 with _deaf():
-                    running[name] = NEW.Process(target=tasks[name])
-                    running[name].start()
+                    process = NEW.Process(target=tasks[name])
+                    process.start()
+                    running[name] = process
             wait([one.sentinel for one in running.values()])
             for name in [name for name, one in running.items() if not one.is_alive()]:
                 if code := running.pop(name).exitcode:

@@ -51,11 +51,6 @@ class Grid:
         sides = [self.below] * (best == self.tried[0]) + [self.above] * (best == self.tried[-1])
         return [point for point in sides if point is not None]
 
-    def is_outermost(self, point: Values) -> bool:
-        """Say whether nothing was tried on one side of this point, though the grid is of more than one."""
-        known = [one for one in (self.below, *self.tried, self.above) if one is not None]
-        return len(known) > 1 and point in (known[0], known[-1])
-
 
 def _grid(name: str, *values: float, **others: Any) -> Grid:
     below, *tried, above = ({name: value, **others} for value in values)

@@ -73,7 +73,7 @@ FRONTIERS = {  # ours by one setting, in its order; the line and what it is call
 }
 PER_ROW, LEGEND_COLUMNS = 3, 5  # panels in a figure's row; names in the legend's below as many
 OURS_COLOUR = "#000000"
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#999999")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#999999", "#8B4513")
 MARKERS = {"ours": "D", "variant": "D", "rival": "o", "control": "s"}
 LINES = {"ours": "-", "variant": ":", "rival": "-", "control": "--"}
 
@@ -88,12 +88,8 @@ def _contestants(values: Values) -> str:
     shown = [key for key in CONTESTANTS if any(key in world["contestants"] for world in values.values())]
     lines = []
     for role, what in ROLES.items():
-        lines += [f"- {what}:"] if role != "ours" else []
-        lines += [
-            f"{'' if role == 'ours' else '  '}- **{key}**: {CONTESTANTS[key].words}."
-            for key in shown
-            if CONTESTANTS[key].role == role
-        ]
+        of_role = [f"- **{key}**: {CONTESTANTS[key].words}." for key in shown if CONTESTANTS[key].role == role]
+        lines += of_role if role == "ours" or not of_role else [f"- {what}:", *(f"  {line}" for line in of_role)]
     return "\n".join(["Who competes (numbers in brackets are of arXiv):", "", *lines])
 
 
@@ -103,7 +99,7 @@ def _world(name: str, world: Values) -> str:
     named = f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
     asked = f"{named}; ours and the controls are asked for {size:.0%} of all parameters, and {look}."
     heading = f"**{name}**: {WORLD_WORDS[name]}. {asked} {_searched(world)} {_machine(world)}"
-    points = {"point": {key: _point(key, one) for key, one in world["contestants"].items()}}
+    points = {"point": {key: _point(one) for key, one in world["contestants"].items()}}
     ended = {"ended": {key: _ended(one) for key, one in world["contestants"].items()}}
     made_by = {"source": {key: ", ".join(sorted(_sources(one))) for key, one in world["contestants"].items()}}
     quality = {"forget quality, p": {key: _quality(one["cells"]) for key, one in world["contestants"].items()}}
@@ -137,11 +133,16 @@ def _columns(world: Values, columns: Mapping[str, Column]) -> dict[str, dict[str
     return shown
 
 
-def _point(key: str, one: Values) -> str:
+def _point(one: Values) -> str:
     """Return a contestant's point, and whether its grid ends there."""
     said = ", ".join(f"{name} {value:g}" for name, value in one["point"].items()) or "-"
-    at_end = len(one["tried"]) > 1 and CONTESTANTS[key].grid.is_outermost(one["point"])
-    return f"{said}, its grid's end" if at_end else said
+    return f"{said}, its grid's end" if _is_at_end(one) else said
+
+
+def _is_at_end(one: Values) -> bool:
+    """Say whether nothing was tried on one side of a contestant's point."""
+    tried = {name: {cell["point"][name] for cell in one["tried"]} for name in one["point"]}
+    return any(one["point"][name] in (min(values), max(values)) for name, values in tried.items() if len(values) > 1)
 
 
 def _ended(one: Values) -> str:
@@ -171,7 +172,7 @@ def _searched(world: Values) -> str:
     if len(unsearched) == len(rivals):
         return "Points: each contestant's default; the rivals' grids were not searched."
     return (
-        "Points: of each rival's three, and of a fourth where the best of these was at an edge, the one with the best "
+        "Points: of each rival's three, and of one more where the best of these was at an edge, the one with the best "
         "composite with relearning on the first seed, kept on the others and for the composite without; ours and the "
         "controls have one, the defaults." + (f" Not searched: {', '.join(unsearched)}." if unsearched else "")
     )
@@ -202,8 +203,8 @@ MEANINGS = f"""What the tables hold:
 - **a cell**: mean over seeds ± half of its 95% interval of Student's t, the number alone where there is one seed.
 - **ours ahead**: differences paired by seed, with the same interval.
 - **met**: a limit is, where the whole interval keeps it, and in the mean, where the mean does; a lead, where every
-  interval is above 0, and in the mean, where every mean is. Each interval is of one comparison: of some twenty that are
-  sure, one is to be expected by chance.
+  interval is above 0, and in the mean, where every mean is. Each interval is of one comparison: of twenty of what does
+  not differ, one is expected to look sure.
 - **- ref.**: less the reference's.
 - **P**: performance; **ES**: extraction strength.
 - **forget quality**: the median p of a Kolmogorov-Smirnov test of the truth ratios against the reference's, and on how
@@ -230,7 +231,8 @@ MEANINGS = f"""What the tables hold:
   cells ask of it, and {GPU_PREFILL} times as many tokens.
 - **seconds**, **peak**: of making the checkpoint alone, in a process of its own; peak is the most main memory that it
   held, a GPU's own is not counted.
-- **ended**: the outcome that a run of ours or a control gave itself, and on how many seeds.
+- **ended**: the outcome that a run of ours or a control gave itself, and on how many seeds: `target_reached` is inside
+  the band, `floor_reached` was stopped by the floor, `no_candidates` has no group left that may go.
 - **source**: a hash of the code that made a cell.
 
 **The same for all**: the forget and retain rows. Rivals that train with a forget loss, and RMU, take more steps in
@@ -240,13 +242,13 @@ taken where relearning the other half would lead), while ours not looking ahead 
 random or magnitude mask is not scored by passes and gets no steps for it; what a broken floor adds to ours or a
 control, in repairs and looks, is not made up for; after a cut or a damping at once come the steps of repair alone.
 
-**Not the same**: ours, its variants and its controls are steered row by row to goals taken from the holdout's rows
+**Not the same**: ours and its controls are steered row by row to goals taken from the holdout's rows
 (`natural_spread`), the same rows that the membership attacks compare the forget set with; rivals by the mean of the
 forget rows, for they push all alike, and RMU, SSD and the activation ratio by nothing. "Ours, steered by the mean"
-shows what that gives. Losses on LoRA run inside the product, with its floor; NPO on all weights, RMU and SSD have
-none. The defaults of ours were chosen over many tries on other seeds of the demo; a rival had its few points on one
-seed. The activation ratio cuts channels one by one, ours by eights. A mask may end larger than it was asked to, where
-a smaller one would break the floor. Seconds are of machines that did other work too, on stories most of all.
+shows what that gives. Losses on LoRA run inside the product, with its floor; the other rivals have none. The defaults
+of ours were chosen over many tries on other seeds of the demo; a rival had its few points on one seed. The activation
+ratio cuts channels one by one, ours by eights. A mask may end larger than it was asked to, where a smaller one would
+break the floor. Seconds are of machines that did other work too, on stories most of all.
 
 In the second figure the dashed lines are what was asked of ours: an area at most {AREA:.2f} above the reference's, and
 {KEPT:.2f} kept.

@@ -4,8 +4,12 @@ import ast
 import importlib
 import json
 import sys
+import time
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
+from pickle import PicklingError
+from typing import NamedTuple
 
 import pytest
 
@@ -64,7 +68,9 @@ def test_making_anew_takes_out_what_came_from_the_results_or_of_other_code(cells
         cells.put_back("demo", world_of(cells, key=key, source=code))
         (tmp_path / "demo-7" / key / "model").mkdir()
     cells.put_back("stories", world_of(cells))
-    cells.take_out({"demo": [7, 8]})
+    cells.take_out("demo", [7, 8], ["SSD"])
+    assert len(list((tmp_path / "demo-7").iterdir())) == 3  # of a contestant that was not asked for
+    cells.take_out("demo", [7, 8], ["SSD", "ours"])
     assert [one.name for one in (tmp_path / "demo-7").iterdir()] == ["own"]
     assert [one.name for one in (tmp_path / "stories-7").iterdir()] == ["abc"]  # of a world that was not asked for
 
@@ -200,49 +206,40 @@ def test_bystanders_are_held_against_whoever_keeps_most(bench):
     assert answers[what] == ("0.040 ± 0.000, best", "**no**")
 
 
-# --- what a call keeps of earlier ones --------------------------------------------------------------------------------
+def limits(bench, *kept):
+    """What the page says of the withheld rows and of the bystanders, of as many seeds as there are numbers."""
+    ours, best = contestant("ours", [0.9] * len(kept)), contestant("rival", [0.8] * len(kept), bystander=0.95)
+    for cell, one in zip(ours["cells"], kept, strict=True):
+        cell["kept"] |= {"final": one, "bystander": one}
+    answers = asked(bench, ours=ours, best=best)
+    rows = "of withheld rows, at least 0.95 kept"
+    return answers[rows], answers["bystanders at most 0.03 behind the contestant that keeps most of them"]
 
 
-def earlier_world(names, ends, **changes):
-    cell = {"seed": 7, "marks": marks_of(0.5), "composite": 0.0}
-    contestants = {name: {"role": "rival", "tried": [cell], "cells": [cell]} for name in names}
-    return {
-        "seeds": [7],
-        "sparsity": 0.33,
-        "relearning_radius": 2.0,
-        "ends": {"7": ends},
-        "contestants": contestants,
-        **changes,
-    }
+def test_a_limit_is_met_by_the_whole_interval_or_in_the_mean(bench):
+    assert limits(bench, 0.960, 0.961, 0.962)[0] == ("0.961 ± 0.002; 3 of 3 seeds", "yes")
+    assert limits(bench, 0.930, 0.960, 0.990)[0] == ("0.960 ± 0.075; 2 of 3 seeds", "in the mean")
+    assert limits(bench, 0.930, 0.940, 0.950)[0] == ("0.940 ± 0.025; 1 of 3 seeds", "**no**")
+    assert limits(bench, 0.960)[0] == ("0.960; 1 of 1 seed", "yes")
+    behind = [limits(bench, *kept)[1][1] for kept in ((0.93, 0.93), (0.91, 0.95), (0.91, 0.91))]
+    assert behind == ["yes", "in the mean", "**no**"]
 
 
-ENDS = {"original": ORIGINAL, "reference": REFERENCE}
+def test_a_point_at_the_end_of_what_was_tried_is_named(bench):
+    page, cells = bench("arena_page"), [{"point": {"alpha": one, "steering": 1.0}} for one in (20.0, 40.0, 60.0, 80.0)]
+    text = {one: page._point({"point": {"alpha": one, "steering": 1.0}, "tried": cells}) for one in (40.0, 80.0)}
+    assert text == {40.0: "alpha 40, steering 1", 80.0: "alpha 80, steering 1, its grid's end"}
+    assert page._point({"point": {"alpha": 40.0}, "tried": [{"point": {"alpha": 40.0}}]}) == "alpha 40"
+    assert page._point({"point": {}, "tried": [{"point": {}}]}) == "-"
 
 
-def test_other_contestants_stay(bench):
-    arena = bench("arena")
-    older, newer = earlier_world(("SSD", "RMU"), ENDS), earlier_world(("NPO, all weights", "RMU"), ENDS)
-    both = arena.joined(older, newer)["contestants"]
-    assert list(both) == ["NPO, all weights", "RMU", "SSD"] and both["RMU"] is newer["contestants"]["RMU"]
-    assert arena.joined(None, newer) == newer
+def test_how_runs_ended_is_counted_and_a_rivals_does_not_count(bench):
+    page, cells = bench("arena_page"), [{"outcome": one} for one in ("target_reached", "floor_reached", None)]
+    assert page._ended({"role": "control", "cells": cells}) == "target_reached 1, floor_reached 1"
+    assert page._ended({"role": "rival", "cells": cells}) == "-" == page._ended({"role": "ours", "cells": cells[2:]})
 
 
-def test_a_call_that_would_take_the_place_of_results_is_refused(bench):
-    arena, older = bench("arena"), earlier_world(("SSD", "RMU"), ENDS)
-    asked = {name: older[name] for name in ("sparsity", "relearning_radius")}
-    arena.check_points("demo", None, [8], ["SSD"], True)
-    arena.check_points("demo", older, older["seeds"], ["SSD"], True)  # its grid was not searched either
-    arena.check_models("demo", older, asked, older["ends"])
-    with pytest.raises(SystemExit, match=r"why: they are of seeds 7, this call is of 7, 8\n  fix: .*--replace"):
-        arena.check_points("demo", older, [7, 8], ["SSD"], False)
-    older["contestants"]["SSD"]["tried"] *= 2
-    arena.check_points("demo", older, older["seeds"], ["RMU"], True)
-    with pytest.raises(SystemExit, match="points of SSD were searched"):
-        arena.check_points("demo", older, older["seeds"], ["SSD", "RMU"], True)
-    with pytest.raises(SystemExit, match=r"they are by sparsity 0\.33"):
-        arena.check_models("demo", older, {**asked, "sparsity": 0.2}, older["ends"])
-    with pytest.raises(SystemExit, match="models of seeds 7 came out otherwise"):
-        arena.check_models("demo", older, asked, {"7": {**ENDS, "reference": ORIGINAL}})
+# --- which cells are made ---------------------------------------------------------------------------------------------
 
 
 def test_beyond_an_edge_of_a_grid_one_more_point_is_tried(bench):
@@ -250,9 +247,102 @@ def test_beyond_an_edge_of_a_grid_one_more_point_is_tried(bench):
     low, inner, high = module.RATIOS.tried
     assert module.RATIOS.default() == inner and module.RATIOS.beyond(inner) == []
     assert module.RATIOS.beyond(low) == [module.RATIOS.below] and module.RATIOS.beyond(high) == [module.RATIOS.above]
-    assert module.RATIOS.is_outermost(module.RATIOS.above) and not module.RATIOS.is_outermost(high)
     alone = module.Grid()
-    assert alone.beyond(alone.default()) == [] and not alone.is_outermost(alone.default())
+    assert alone.beyond(alone.default()) == []
+
+
+class NamedWorld(NamedTuple):
+    """All that a contest asks of a world before anything is made."""
+
+    name: str
+    seed: int
+
+
+def test_the_first_seed_chooses_the_point_and_the_one_beyond_may_win(bench, monkeypatch):
+    contest, grids = bench("arena_contest").Contest, bench("arena_contestants").Grid
+    points = [{"at": one} for one in range(5)]
+    grid = grids((points[1], points[2], points[3]), points[0], points[4])
+    made = contest([NamedWorld("demo", 7), NamedWorld("demo", 8)], {"SSD": grid, "ours": grids()})
+    monkeypatch.setattr(contest, "judged", lambda self, cell: {"composite_relearning": cell.point.get("at", 0)})
+    assert [(cell.contestant, cell.point) for cell in made.first()][:3] == [("SSD", one) for one in points[1:4]]
+    assert [(cell.contestant, cell.point) for cell in made.further()] == [("SSD", points[4])]
+    chosen = [(cell.world.seed, cell.contestant, cell.point) for cell in made.others()]
+    assert chosen == [(8, "SSD", points[4]), (8, "ours", {})]
+    monkeypatch.setattr(contest, "judged", lambda self, cell: {"composite_relearning": cell.point == points[2]})
+    inner = contest(made.worlds, {"SSD": grid})
+    assert list(inner.further()) == [] and [cell.point for cell in inner.others()] == [points[2]]
+
+
+# --- what a call keeps of earlier ones --------------------------------------------------------------------------------
+
+
+def earlier_world(names, ends, **changes):
+    cell = {"seed": 7, "marks": marks_of(0.5), "composite": 0.0, "machine": "2 cores"}
+    contestants = {name: {"role": "rival", "tried": [cell], "cells": [cell]} for name in names}
+    begun_with = {"seeds": [7], "sparsity": 0.33, "relearning_radius": 2.0, "ends": {"7": ends}}
+    return {**begun_with, "contestants": contestants, **changes}
+
+
+ENDS = {"original": ORIGINAL, "reference": REFERENCE}
+
+
+def test_other_contestants_and_worlds_stay(bench):
+    kept, newer = bench("arena_earlier").Kept, earlier_world(("NPO, all weights", "RMU"), ENDS)
+    older = {"stories": earlier_world(("SSD",), ENDS), "demo": earlier_world(("SSD", "RMU"), ENDS)}
+    both = kept(older, replaces=False).joined({"demo": newer})
+    assert list(both) == ["demo", "stories"] and list(both["demo"]["contestants"]) == ["NPO, all weights", "RMU", "SSD"]
+    assert both["demo"]["contestants"]["RMU"] is newer["contestants"]["RMU"]
+    assert kept({}, replaces=False).joined({"demo": newer}) == {"demo": newer}
+
+
+def test_results_that_a_call_does_not_fit_end_it_or_go(bench, capsys):
+    kept, newer = bench("arena_earlier").Kept, earlier_world(("RMU",), ENDS)
+    older = {"demo": earlier_world(("SSD",), ENDS), "stories": earlier_world(("SSD",), ENDS)}
+    with pytest.raises(SystemExit, match=r"results of demo stay as they are\n  why: too old\n  fix: (?s:.*)--replace"):
+        kept(older, replaces=False).settle("demo", "too old")
+    replacing = kept(older, replaces=True)
+    replacing.settle("stories", None)
+    replacing.settle("demo", "too old")
+    assert capsys.readouterr().out == "demo: too old; the results of SSD go\n"
+    both = replacing.joined({"demo": newer, "stories": newer})
+    assert {name: list(one["contestants"]) for name, one in both.items()} == {
+        "demo": ["RMU"],
+        "stories": ["RMU", "SSD"],
+    }
+
+
+def test_it_is_told_why_a_call_does_not_fit_results(bench):
+    module, older = bench("arena_earlier"), earlier_world(("SSD", "RMU"), ENDS)
+    assert module.unlike_points(None, [8], ["SSD"], True, on_gpu=True) is None
+    assert module.unlike_points(older, [7], ["SSD"], True, on_gpu=False) is None  # its grid was not searched either
+    assert module.unlike_points(older, [7, 8], ["SSD"], False, False) == "they are of seeds 7, this call is of 7, 8"
+    on_gpu = module.unlike_points(older, [7], ["SSD"], False, on_gpu=True)
+    assert on_gpu == "they were made on 2 cores, this call is on a GPU"
+    older["contestants"]["SSD"]["tried"] *= 2
+    assert module.unlike_points(older, [7], ["RMU"], True, on_gpu=False) is None
+    assert "points of SSD were searched" in module.unlike_points(older, [7], ["SSD", "RMU"], True, on_gpu=False)
+    assert module.unlike_models(None, older) is None is module.unlike_models(older, older)
+    assert module.unlike_models(older, {**older, "sparsity": 0.2}) == "they are by sparsity 0.33, this call is not"
+    other = {"7": {**ENDS, "reference": ORIGINAL}}
+    assert "models of seeds 7 came out otherwise" in module.unlike_models(older, {**older, "ends": other})
+
+
+def test_results_of_unknown_contestants_are_named(bench, monkeypatch, tmp_path):
+    module, path = bench("arena_earlier"), tmp_path / "arena.json"
+    monkeypatch.setattr(module, "results_path", lambda name: path)
+    assert module.earlier() == {}
+    path.write_text(json.dumps({"demo": earlier_world(("SSD", "an older name"), ENDS)}))
+    with pytest.raises(SystemExit, match="does not know: an older name"):
+        module.earlier()
+
+
+def test_earlier_numbers_are_made_again_of_their_marks(bench):
+    module, marks = bench("arena_earlier"), bench("arena_marks")
+    cell = module.judged_again(earlier_world(("SSD",), ENDS))["contestants"]["SSD"]["cells"][0]
+    assert cell["composite"] == marks.judge(marks_of(0.5), ORIGINAL, REFERENCE)["composite"] > 0
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 def test_a_process_that_fails_keeps_no_other_from_its_end_and_is_named(cells, tmp_path):
@@ -263,7 +353,7 @@ def test_a_process_that_fails_keeps_no_other_from_its_end_and_is_named(cells, tm
     assert all(one.exists() for one in made)
 
 
-def test_earlier_numbers_are_made_again_of_their_marks(bench):
-    arena, marks = bench("arena"), bench("arena_marks")
-    cell = arena.judged_again(earlier_world(("SSD",), ENDS))["contestants"]["SSD"]["cells"][0]
-    assert cell["composite"] == marks.judge(marks_of(0.5), ORIGINAL, REFERENCE)["composite"] > 0
+def test_where_a_process_cannot_begin_none_is_left_and_it_is_said_why(cells):
+    with pytest.raises((AttributeError, PicklingError), match="lambda"):
+        cells.in_processes({"one": partial(time.sleep, 60), "two": lambda: None}, 2)
+    assert not active_children()
