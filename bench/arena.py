@@ -5,7 +5,7 @@ Reads    nothing; worlds, checkpoints and marks stay in bench/cache/arena under 
          count as made where the world comes out the same; --anew takes none from there
 Gives    bench/results/arena.json, docs/arena.png, docs/arena_frontier.png, docs/arena_relearning.png and the section
          of docs/results.md. There worlds that are not asked for stay as they are, and so do a world's other
-         contestants; a call of other seeds, other models or fewer points than theirs is refused, unless --replace
+         contestants; a call of other seeds, models or machine, or of fewer points, is refused, unless --replace
 Source   arena_contestants.py and arena_rivals.py for the methods, arena_cells.py for how each is run, arena_marks.py
          for the marks, arena_contest.py for what is run when, arena_earlier.py for what stays of earlier calls
 Symbols  a cell = one point of one contestant on one seed of one world
@@ -24,7 +24,7 @@ from arena_contest import Contest
 from arena_contestants import CONTESTANTS, QUICK, Grid
 from arena_earlier import Kept, earlier, unlike_models, unlike_points
 from arena_page import draw, draw_frontier, draw_relearning, section, sources
-from arena_worlds import BETTER_ON_GPU, CACHE, ON_GPU, TRIED_ON, WORLDS, Values
+from arena_worlds import BETTER_ON_GPU, CACHE, ON_GPU, TRIED_ON, WORLDS, Values, is_on_gpu
 from filelock import FileLock, Timeout
 from results_page import ROOT, write_results
 
@@ -77,9 +77,8 @@ def main() -> None:
         seeds = {name: list(one[:1] if options.quick else one) for name, one in seeds.items()}
         kept = Kept({} if options.quick else known, options.replace)
         for name in worlds:
-            on_gpu = has_gpu and name in (*BETTER_ON_GPU, *ON_GPU)
-            unlike = unlike_points(kept.worlds.get(name), seeds[name], names, options.defaults, on_gpu)
-            kept.settle(name, unlike)
+            older = kept.worlds.get(name)
+            kept.settle(name, unlike_points(older, seeds[name], names, options.defaults, is_on_gpu(name)))
         contests = begin(seeds, names, options.quick or options.defaults, options.jobs)
         for name, contest in contests.items():
             kept.settle(name, unlike_models(kept.worlds.get(name), contest.begun_with()))

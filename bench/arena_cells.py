@@ -169,6 +169,11 @@ def machine_of(world: World) -> str:
     return f"one {torch.cuda.get_device_name()}, {cores}" if world.settings.device == "cuda" else cores
 
 
+def is_gpu(machine: str) -> bool:
+    """Say whether a machine that `machine_of` named is a GPU."""
+    return machine.startswith("one ")
+
+
 # --- making it --------------------------------------------------------------------------------------------------------
 
 

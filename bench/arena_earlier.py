@@ -9,6 +9,7 @@ Symbols  -
 import json
 from collections.abc import Mapping, Sequence
 
+from arena_cells import is_gpu
 from arena_contestants import CONTESTANTS
 from arena_marks import judge
 from arena_worlds import WORLDS, Values
@@ -77,11 +78,6 @@ def unlike_points(
     if any(is_gpu(machine) != on_gpu for machine in machines):
         return f"they were made on {_listed(sorted(machines))}, this call is {'' if on_gpu else 'not '}on a GPU"
     return None
-
-
-def is_gpu(machine: str) -> bool:
-    """Say whether a cell's machine, as `machine_of` names it, is a GPU."""
-    return machine.startswith("one ")
 
 
 def unlike_models(older: Values | None, now: Values) -> str | None:

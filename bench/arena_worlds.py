@@ -97,7 +97,7 @@ def _tofu(forget: str, size: str, seed: int) -> World:
     sets = tofu.CACHE if name == tofu.FORGET else CACHE / "worlds" / name
     tofu.make_inputs(tofu.find_data(None), seed, forget, sets, EXTENTS[size])
     retrain = partial(_retrain, sets, EXTENTS[size].recipe)
-    own = {"device": "cuda"} if size != "part" and torch.cuda.is_available() else {}
+    own = {"device": "cuda"} if is_on_gpu(name) else {}
     models = sets / f"untouched-{seed}", sets / f"reference-{seed}"
     return World(name, seed, sets, *models, retrain, sparsity=ASKED, own=own)
 
@@ -122,6 +122,13 @@ EXTENTS = {"part": tofu.PART, "": tofu.WHOLE, "large": tofu.LARGE}
 TRIED_ON = ("forget05-part",)  # small enough to try ideas on; no world of the results
 BETTER_ON_GPU = ("forget05", "forget10")  # on two cores a cell takes an hour
 ON_GPU = ("forget05-large", "forget10-large")  # there a model of this size takes hours
+
+
+def is_on_gpu(name: str) -> bool:
+    """Say whether a world's cells are made on a GPU here."""
+    return name in (*BETTER_ON_GPU, *ON_GPU) and torch.cuda.is_available()
+
+
 WORLDS: dict[str, Callable[[int], World]] = {
     "demo": _demo,
     "forget05-part": partial(_tofu, "forget05", "part"),
