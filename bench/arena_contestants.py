@@ -178,7 +178,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "activation ratio": _rival(
         "channels more active on forget rows than on retain rows cut at once, then repaired (2403.01267)",
         _by_activation,
-        Grid(tuple({"sparsity": one} for one in (0.5, 0.65, 0.8)), below={"sparsity": ASKED}),
+        _grid("sparsity", 0.2, ASKED, 0.5, 0.65, 0.8),
     ),
     "SSD": _rival(
         "every weight damped that matters more to forget rows than to retain rows, then repaired (2308.07707)",
