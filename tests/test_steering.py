@@ -215,6 +215,14 @@ def test_a_model_below_the_band_may_be_written_but_is_further_away():
     assert not steering.acceptable(look(retention=0.89))
 
 
+@pytest.mark.parametrize(("forget", "past"), [(0.649, True), (0.651, False), (0.4, True), (0.95, False), (None, False)])
+def test_more_than_half_way_from_p_before_to_the_target(forget, past):
+    steering = steering_to((), forget_before=0.9)  # the target is 0.4
+    assert steering.past_half_way(look(forget=forget)) is past
+    assert not replace(steering, target=None).past_half_way(look(forget=forget))
+    assert not replace(steering, forget_before=None).past_half_way(look(forget=forget))
+
+
 def test_a_cut_leaves_room_for_forgetting_while_p_is_above_the_band():
     limits = Limits(0.9, min_forget=0.3, forget_high=0.5)
     above = limits.of_cut(look(retention=0.98, forget=0.51))

@@ -573,7 +573,8 @@ WITHIN = {"retention": 0.95, "guard_loss_ratio": 1.0, "already_forgotten": (0.1,
         ({"forget": 0.2}, 4, {}, None),  # the band's lower end alone
         ({}, 4, {}, None),
         ({"retention": 0.8}, 4, {"forget_loss": "none"}, None),
-        ({"retention": 0.8}, 4, {"began_well": False}, None),
+        ({"retention": 0.8}, 4, {"began_well": False}, True),  # P is past half of its way from 0.9 to 0.4
+        ({"retention": 0.8, "forget": 0.66}, 4, {"began_well": False}, None),
     ],
 )
 def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
@@ -582,7 +583,7 @@ def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
     began_well = changes.get("began_well", True)
     changes = {name: one for name, one in changes.items() if name != "began_well"}
     trainer = make_trainer(tmp_path, tokenizer, Target(0.4, 0.3, 0.45, "forget_target"), **changes)
-    trainer.steering = replace(trainer.steering, limits=LIMITS)
+    trainer.steering = replace(trainer.steering, limits=LIMITS, forget_before=0.9)
     trainer.run_state.step, trainer.run_state.began_well = step, began_well
     looked = Look.from_values({"sparsity": 0.0, "groups": {}, **WITHIN, **values})
     assert trainer._wait(looked, pushed=True) is (forgetting is not None)

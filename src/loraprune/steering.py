@@ -287,6 +287,12 @@ class Steering:
         """Return how far P(forget) is outside the band; 0 without a target."""
         return 0.0 if self.target is None or look.forget is None else self.target.distance(look.forget)
 
+    def past_half_way(self, look: Look) -> bool:
+        """Say whether P(forget) has come more than half of its way down to the target; False without a target."""
+        if self.target is None or self.forget_before is None or look.forget is None:
+            return False
+        return look.forget < (self.forget_before + self.target.performance) / 2
+
 
 def first_acceptable(
     ends: Sequence[End], look: Callable[[End], Look], steering: Steering

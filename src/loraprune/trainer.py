@@ -280,10 +280,11 @@ class LoRAPruneTrainer(Trainer):
         A roll-back would lose what was forgotten. While the forget set is still known, and in the first half of the
         steps before recovery, the push goes on: it fades, and training mends what it cost. Else it is off until the
         next look; a model that is below a floor even then (`pushed` is False) does not wait again. Nor does one that
-        was below it from the first look on: it begins anew with half of the push.
+        was below it from the first look on with most of its way still to go: it begins anew with half of the push.
         """
         state = self.run_state
-        if not pushed or not state.began_well or not self._may_mend(looked):
+        worth_it = state.began_well or self.steering.past_half_way(looked)
+        if not pushed or not worth_it or not self._may_mend(looked):
             return False
         state.forgetting = self._is_still_known(looked) and state.step <= state.main_end / 2
         self.record("wait", looked, broken=self.steering.limits.broken(looked), forgetting=state.forgetting)
