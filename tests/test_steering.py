@@ -221,6 +221,7 @@ def test_more_than_half_way_from_p_before_to_the_target(forget, past):
     assert steering.past_half_way(look(forget=forget)) is past
     assert not replace(steering, target=None).past_half_way(look(forget=forget))
     assert not replace(steering, forget_before=None).past_half_way(look(forget=forget))
+    assert not replace(steering, forget_before=0.3).past_half_way(look(forget=forget))  # the way would lead up
 
 
 def test_a_cut_leaves_room_for_forgetting_while_p_is_above_the_band():

@@ -158,6 +158,36 @@ def test_a_model_that_forgetting_brought_below_the_floor_is_left_to_mend(run_fol
     assert json.loads(decision(report.folder))["breaks"]["floor"] >= 3
 
 
+@pytest.mark.parametrize(("recovery_steps", "mends"), [(2, True), (0, False)])
+def test_a_first_look_past_half_way_waits_and_begins_anew_only_where_nothing_mends(
+    run_folder, monkeypatch, recovery_steps, mends
+):
+    weights, follow = [], LoRAPruneTrainer._follow
+
+    def told(trainer, *arguments):
+        follow(trainer, *arguments)
+        weights.append(trainer.run_state.forget_weight)
+
+    monkeypatch.setattr(LoRAPruneTrainer, "_follow", told)
+    far = {"warmup_steps": 6, "prune_rounds": 8, "recovery_steps": recovery_steps}
+    rows = events(run(Settings(**run_values(run_folder, f"far{recovery_steps}", **far))).folder)
+    looks = [row for row in rows if row["event"] == "score"]
+    assert looks[0]["retention"] < 1.0 and looks[0]["forget"] < rows_of(rows, "evaluate")[0]["forget"] / 2
+    waits = rows_of(rows, "wait")
+    assert waits[0]["step"] == looks[0]["step"] == 8
+    first = rows_of(rows, "propose")[0]["step"]  # the first step that does not wait
+    moves = [row for row in rows if row.get("step") == first and row["event"] in ("accept", "roll_back")]
+    if mends:
+        assert moves[0]["event"] == "accept" and moves[0]["forget"] < looks[0]["forget"] * 1.5
+    else:  # back at the untouched model
+        assert (moves[0]["event"], moves[0]["retention"], moves[0]["sparsity"]) == ("roll_back", 1.0, 0.0)
+    assert weights[0] == (1.0 if mends else 0.5)
+
+
+def rows_of(rows, kind):
+    return [row for row in rows if row["event"] == kind]
+
+
 def test_every_cut_is_told_how_the_model_came_in_and_above_what_forgetting_needs_room(run_folder, monkeypatch):
     told = []
 

@@ -288,10 +288,11 @@ class Steering:
         return 0.0 if self.target is None or look.forget is None else self.target.distance(look.forget)
 
     def past_half_way(self, look: Look) -> bool:
-        """Say whether P(forget) has come more than half of its way down to the target; False without a target."""
-        if self.target is None or self.forget_before is None or look.forget is None:
+        """Say whether P(forget) has come more than half of its way down to the target; False where there is no way."""
+        before = self.forget_before
+        if self.target is None or before is None or look.forget is None or before <= self.target.performance:
             return False
-        return look.forget < (self.forget_before + self.target.performance) / 2
+        return look.forget < (before + self.target.performance) / 2
 
 
 def first_acceptable(
