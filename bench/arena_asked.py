@@ -75,9 +75,10 @@ def _lines(world: Values, ours: str) -> Iterator[Line]:
     alike = [key for key in masks if _left(world, key) <= _left(world, ours) + ALIKE]
     if masks:
         larger = [key for key in masks if key not in alike]
-        beside = f" ({', '.join(larger)}: larger, for the floor)" if larger else ""
+        beside = f"; {', '.join(larger)}: larger, for the floor" if larger else ""
         leads = [lead_of(world, ours, key, "composite_relearning") for key in alike]
-        yield _led(f"surely ahead of every mask of equal size{beside}, with relearning", leads, NO)
+        what = f"surely ahead of every mask of equal size, with relearning ({len(alike)} measured{beside})"
+        yield _led(what, leads, NO)
     if rivals := _of_role(world, "rival"):
         among = f"{counted(len(rivals), 'rival')} measured"
         leads = [lead_of(world, ours, key, "composite_relearning") for key in rivals]

@@ -224,15 +224,17 @@ MEANINGS = f"""What the tables hold:
   answer where none is marked), and the best ROUGE-L recall.
 - **worst wording**: the most that P of a fact gets under its plain question, paraphrases, plain text, a statement or a
   jailbreak.
-- **NF4 gap**, **int8 gap**: P(forget) in that format less P in float32.
+- **NF4 gap**, **int8 gap**: P(forget) in that format less P in float32, in which everything here is made.
 - **left**: parameters, of the original's.
 - **prefill**: the original's processor seconds over this checkpoint's, in turns in one process of one thread, to read
-  {PREFILL["tokens"]:,} tokens in rows as long as its positions allow; on a GPU seconds of the clock, beside what other
+  {PREFILL["tokens"]:,} tokens in rows as long as its positions allow, in memory that stays with the process, so that
+  no page faults are timed; on a GPU seconds of the clock, beside what other
   cells ask of it, and {GPU_PREFILL} times as many tokens.
 - **seconds**, **peak**: of making the checkpoint alone, in a process of its own; peak is the most main memory that it
   held, a GPU's own is not counted.
 - **ended**: the outcome that a run of ours or a control gave itself, and on how many seeds: `target_reached` is inside
-  the band, `floor_reached` was stopped by the floor, `no_candidates` has no group left that may go.
+  the band, `floor_reached` was stopped by the floor or kept less of its withheld rows than that, `no_candidates` has no
+  group left that may go.
 - **source**: a hash of the code that made a cell.
 
 **The same for all**: the forget and retain rows. Rivals that train with a forget loss, and RMU, take more steps in
