@@ -619,6 +619,10 @@ def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
     assert trainer._wait(looked, pushed=True) is (forgetting is not None)
     assert trainer.run_state.forgetting is (forgetting is not False)
     assert [one["event"] for one in trainer.seen] == ["wait"] * (forgetting is not None)
+    above = looked.forget > 0.45
+    assert trainer.run_state.lacks_room is (forgetting is not None and above)
+    in_band = replace(looked, retention=0.98, forget=0.4)
+    assert trainer._limits.of_cut(in_band).room == (pytest.approx(0.94) if trainer.run_state.lacks_room else None)
     assert not trainer._wait(looked, pushed=False)  # twice without the push, it does not
     trainer.steering = replace(trainer.steering, target=None)
     assert not trainer._wait(looked, pushed=True)

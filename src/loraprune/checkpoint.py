@@ -54,6 +54,7 @@ class RunState:
     sensitivities: SensitivityDict = field(default_factory=SensitivityDict)
     good_look: Look | None = None  # the model at the point to roll back to; None before the first look
     began_well: bool = False  # whether a look since the first step was one to roll back to
+    lacks_room: bool = False  # whether forgetting brought the model below a floor before P(forget) was in its band
 
 
 @dataclass(frozen=True)

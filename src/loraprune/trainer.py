@@ -9,7 +9,8 @@ Symbols  main steps: warm-up and pruning; finish steps: recovery, with the same 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite
+from dataclasses import replace
+from math import inf, isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -49,7 +50,7 @@ from loraprune.schedule import learning_rate_factor, planned_sparsity
 from loraprune.scoring import as_asked, score_model
 from loraprune.sensitivity import nonfinite_layers, update_sensitivity_dict
 from loraprune.settings import Settings
-from loraprune.steering import Steering, first_acceptable, take_look
+from loraprune.steering import Limits, Steering, first_acceptable, take_look
 from loraprune.step_scores import StepScores
 from loraprune.training_arguments import training_arguments
 
@@ -286,7 +287,8 @@ class LoRAPruneTrainer(Trainer):
         worth_it = state.began_well or self.steering.past_half_way(looked)
         if not pushed or not worth_it or not self._may_mend(looked):
             return False
-        state.forgetting = self._is_still_known(looked) and state.step <= state.main_end / 2
+        known = self._is_still_known(looked)
+        state.forgetting, state.lacks_room = known and state.step <= state.main_end / 2, state.lacks_room or known
         self.record("wait", looked, broken=self.steering.limits.broken(looked), forgetting=state.forgetting)
         return True
 
@@ -309,7 +311,7 @@ class LoRAPruneTrainer(Trainer):
             settings.min_retain_performance,
             look=self._look,
             ratio=min(planned, looked.sparsity + state.largest_step),
-            limits=self.steering.limits,
+            limits=self._limits,
             repair=self._repair if settings.recovery_steps else None,
             roll_back=self._roll_back,
             looked=looked,
@@ -320,6 +322,12 @@ class LoRAPruneTrainer(Trainer):
             rescale=self._rescaled if settings.rescale_survivors else None,
             record=self.record,
         )
+
+    @property
+    def _limits(self) -> Limits:
+        """Return the limits of cuts: where forgetting once had too little room, it needs it at every P(forget)."""
+        limits = self.steering.limits
+        return replace(limits, forget_high=-inf) if self.run_state.lacks_room else limits
 
     def _rescaled(self, mask: Mask) -> Mask:
         """Return the mask with factors measured on the retain rows that are scored."""
