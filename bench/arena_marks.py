@@ -103,7 +103,7 @@ def prefill_gain(model: Any, original: Any) -> float:
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, where the C library is glibc: else it may hand it back and take
     it again at every pass, and pages are timed in place of matrices. Which model pays for that is chance: one and the
-    same cut read a prompt 1.13 or 1.35 times as fast for it.
+    same cut read a prompt 1.13 or 1.35 times as fast for it. What is measured after it in this process keeps it too.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -224,7 +224,9 @@ print(at_first, faults())
 def test_memory_that_stays_with_the_process_takes_no_page_faults():
     told = subprocess.run([sys.executable, "-c", FAULTS, BENCH], capture_output=True, text=True, check=True).stdout
     at_first, then = map(int, told.split()[-2:])
-    assert at_first > 1000 > 10 * then
+    if at_first < 100:
+        pytest.skip("this machine's pages are huge, or it counts none")
+    assert 10 * then < at_first
 
 
 def test_bystanders_are_held_against_whoever_keeps_most(bench):

@@ -78,6 +78,7 @@ def make_state(live, **changes):
     )
     values = {"step": 9, "main_end": 14, "end": 18, "ended_by": "floor", "forgetting": False, "forget_weight": 0.125}
     values |= {"skipped": 2, "breaks": {"floor": 3}, "good_look": LOOK, "largest_step": 0.1 + 0.2}
+    values |= {"began_well": True, "lacks_room": True}
     return RunState(**{**values, "removals": list(REMOVALS), "sensitivities": scored, **changes})
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,30 +159,33 @@ def test_a_model_that_forgetting_brought_below_the_floor_is_left_to_mend(run_fol
     assert json.loads(decision(report.folder))["breaks"]["floor"] >= 3
 
 
-@pytest.mark.parametrize(("recovery_steps", "mends"), [(2, True), (0, False)])
-def test_a_first_look_past_half_way_waits_and_begins_anew_only_where_nothing_mends(
-    run_folder, monkeypatch, recovery_steps, mends
-):
-    weights, follow = [], LoRAPruneTrainer._follow
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_first_look_past_half_way_waits_and_begins_anew_only_where_nothing_mends(run_folder, monkeypatch, mends):
+    weights, look, follow = [], LoRAPruneTrainer._look, LoRAPruneTrainer._follow
+
+    def seen(trainer):
+        """A model that forgets at once, is below its floor at steps 8 and 10, and then mends or does not."""
+        step, found = trainer.run_state.step, look(trainer)
+        if step == 0:
+            return found
+        kept = 0.8 if step < 12 or not mends else 1.1
+        return replace(found, retention=kept, forget=0.3 * trainer.steering.forget_before)
 
     def told(trainer, *arguments):
         follow(trainer, *arguments)
         weights.append(trainer.run_state.forget_weight)
 
+    monkeypatch.setattr(LoRAPruneTrainer, "_look", seen)
     monkeypatch.setattr(LoRAPruneTrainer, "_follow", told)
-    far = {"warmup_steps": 6, "prune_rounds": 8, "recovery_steps": recovery_steps}
-    rows = events(run(Settings(**run_values(run_folder, f"far{recovery_steps}", **far))).folder)
-    looks = [row for row in rows if row["event"] == "score"]
-    assert looks[0]["retention"] < 1.0 and looks[0]["forget"] < rows_of(rows, "evaluate")[0]["forget"] / 2
-    waits = rows_of(rows, "wait")
-    assert waits[0]["step"] == looks[0]["step"] == 8
-    first = rows_of(rows, "propose")[0]["step"]  # the first step that does not wait
-    moves = [row for row in rows if row.get("step") == first and row["event"] in ("accept", "roll_back")]
+    far = {"warmup_steps": 6, "prune_rounds": 8, "relearning_radius": 0.0}
+    rows = events(run(Settings(**run_values(run_folder, f"far-{mends}", **far))).folder)
+    assert [row["step"] for row in rows_of(rows, "wait")] == [8, 10]  # 22 steps before recovery
+    moves = [row for row in rows if row.get("step") == 12 and row["event"] in ("accept", "roll_back")]
     if mends:
-        assert moves[0]["event"] == "accept" and moves[0]["forget"] < looks[0]["forget"] * 1.5
+        assert (moves[0]["event"], weights[0]) == ("accept", 1.0)
     else:  # back at the untouched model
         assert (moves[0]["event"], moves[0]["retention"], moves[0]["sparsity"]) == ("roll_back", 1.0, 0.0)
-    assert weights[0] == (1.0 if mends else 0.5)
+        assert weights[0] == 0.5
 
 
 def rows_of(rows, kind):
@@ -587,7 +591,7 @@ def test_a_step_undone_makes_the_push_gentler_only_where_training_broke_the_limi
     assert trainer.run_state.forget_weight == weight
 
 
-LIMITS = Limits(0.9, max_guard_loss_ratio=1.1, ceilings=(0.2,), min_forget=0.3)
+LIMITS = Limits(0.9, max_guard_loss_ratio=1.1, ceilings=(0.2,), min_forget=0.3, forget_high=0.45)
 WITHIN = {"retention": 0.95, "guard_loss_ratio": 1.0, "already_forgotten": (0.1,), "forget": 0.5}
 
 
@@ -605,6 +609,7 @@ WITHIN = {"retention": 0.95, "guard_loss_ratio": 1.0, "already_forgotten": (0.1,
         ({"retention": 0.8}, 4, {"forget_loss": "none"}, None),
         ({"retention": 0.8}, 4, {"began_well": False}, True),  # P is past half of its way from 0.9 to 0.4
         ({"retention": 0.8, "forget": 0.66}, 4, {"began_well": False}, None),
+        ({"retention": 0.8}, 6, {"began_well": False}, None),  # past half of its way, but in the second half
     ],
 )
 def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
@@ -619,13 +624,27 @@ def test_what_forgetting_broke_is_left_to_mend_and_when_the_push_goes_on(
     assert trainer._wait(looked, pushed=True) is (forgetting is not None)
     assert trainer.run_state.forgetting is (forgetting is not False)
     assert [one["event"] for one in trainer.seen] == ["wait"] * (forgetting is not None)
-    above = looked.forget > 0.45
-    assert trainer.run_state.lacks_room is (forgetting is not None and above)
-    in_band = replace(looked, retention=0.98, forget=0.4)
-    assert trainer._limits.of_cut(in_band).room == (pytest.approx(0.94) if trainer.run_state.lacks_room else None)
+    for_forgetting = looked.forget > 0.45 and looked.retention < 0.9  # the guard and ceilings say nothing of room
+    assert trainer.run_state.lacks_room is (forgetting is not None and for_forgetting)
     assert not trainer._wait(looked, pushed=False)  # twice without the push, it does not
     trainer.steering = replace(trainer.steering, target=None)
     assert not trainer._wait(looked, pushed=True)
+
+
+@pytest.mark.parametrize(("lacks_room", "floor", "room"), [(True, 0.9, 0.94), (False, 0.9, None), (True, 0.0, None)])
+def test_a_cut_in_the_band_leaves_room_only_where_forgetting_lacked_it(
+    tmp_path, tokenizer, monkeypatch, lacks_room, floor, room
+):
+    trainer, told = make_trainer(tmp_path, tokenizer, Target(0.4, 0.3, 0.45, "forget_target")), {}
+    monkeypatch.setattr("loraprune.trainer.unlearning_prune", lambda *_, **others: told.update(others))
+    limits = replace(LIMITS, min_retain_performance=floor, forget_high=0.45 if floor else None)
+    trainer.steering = replace(trainer.steering, limits=limits)
+    trainer.run_state.lacks_room = lacks_room
+    scored = SimpleNamespace(values=dict)
+    trainer.run_state.sensitivities = SimpleNamespace(forget=scored, retain=scored)
+    in_band = Look.from_values({"sparsity": 0.0, "groups": {}, **WITHIN, "retention": 0.98, "forget": 0.4})
+    trainer._step_of(0.1, in_band)
+    assert told["limits"].of_cut(in_band).room == (room and pytest.approx(room))
 
 
 def seen(forget):

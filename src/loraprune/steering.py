@@ -82,7 +82,7 @@ class Limits:
     max_guard_loss_ratio: float | None = None
     ceilings: tuple[float, ...] = ()
     min_forget: float | None = None  # the band's lower end; None where nothing can be overshot
-    forget_high: float | None = None  # P(forget) above which forgetting needs room; None where it never does
+    forget_high: float | None = None  # P(forget) above which forgetting needs room; None: nowhere, -inf: everywhere
     room: float | None = None  # lowest retention that a cut may leave, for what is above it is forgetting's
 
     def broken(self, look: Look) -> tuple[Limit, ...]:
@@ -102,7 +102,7 @@ class Limits:
     def of_cut(self, look: Look) -> "Limits":
         """Return the limits of a cut in a model that looks like this.
 
-        While P(forget) is above its band, a cut may take half of the room that is left above the floor: what is
+        While P(forget) is above `forget_high`, a cut may take half of the room that is left above the floor: what is
         forgotten costs retention too, and cuts that took all of it would leave the forget set known.
         """
         least = self.min_retain_performance

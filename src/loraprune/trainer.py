@@ -281,15 +281,17 @@ class LoRAPruneTrainer(Trainer):
         A roll-back would lose what was forgotten. While the forget set is still known, and in the first half of the
         steps before recovery, the push goes on: it fades, and training mends what it cost. Else it is off until the
         next look; a model that is below a floor even then (`pushed` is False) does not wait again. Nor does one that
-        was below it from the first look on with most of its way still to go: it begins anew with half of the push.
+        was below it from the first look on with most of its way still to go, or in the second half of these steps: it
+        begins anew with half of the push.
         """
-        state = self.run_state
-        worth_it = state.began_well or self.steering.past_half_way(looked)
+        state, known, broken = self.run_state, self._is_still_known(looked), self.steering.limits.broken(looked)
+        early = state.step <= state.main_end / 2
+        worth_it = state.began_well or (early and self.steering.past_half_way(looked))
         if not pushed or not worth_it or not self._may_mend(looked):
             return False
-        known = self._is_still_known(looked)
-        state.forgetting, state.lacks_room = known and state.step <= state.main_end / 2, state.lacks_room or known
-        self.record("wait", looked, broken=self.steering.limits.broken(looked), forgetting=state.forgetting)
+        state.forgetting = known and early
+        state.lacks_room |= known and "floor" in broken
+        self.record("wait", looked, broken=broken, forgetting=state.forgetting)
         return True
 
     def _may_mend(self, looked: Look) -> bool:
@@ -327,7 +329,8 @@ class LoRAPruneTrainer(Trainer):
     def _limits(self) -> Limits:
         """Return the limits of cuts: where forgetting once had too little room, it needs it at every P(forget)."""
         limits = self.steering.limits
-        return replace(limits, forget_high=-inf) if self.run_state.lacks_room else limits
+        always = self.run_state.lacks_room and limits.forget_high is not None
+        return replace(limits, forget_high=-inf) if always else limits
 
     def _rescaled(self, mask: Mask) -> Mask:
         """Return the mask with factors measured on the retain rows that are scored."""

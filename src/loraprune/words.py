@@ -29,13 +29,13 @@ ENDINGS = {
     "guard": "the next step would have cost more on the guard text than is allowed",
     "ceiling": "the next step would have brought back what an earlier request removed",
     "band": "the next step would have pushed P(forget) below the band",
-    "room": "the next step would have taken the room above the floor that forgetting still needs",
+    "room": "the next step would have taken more than half of the room above the floor, which forgetting needs",
 }
 BROKEN = {
     "floor": "retention fell below the floor",
     "guard": "the loss on the guard text grew too much",
     "ceiling": "what an earlier request removed came back",
-    "room": "a cut would have taken the room above the floor that forgetting needs",
+    "room": "a cut would have taken more than half of the room above the floor, which forgetting needs",
 }
 
 
